@@ -1,0 +1,6 @@
+"""Layers: thin compositions of the operators in ``diffit_kernels``."""
+
+from diffit.nn.block import MLP, DiffiTBlock
+from diffit.nn.tmsa import TMSA, TMSA2d
+
+__all__ = ["MLP", "TMSA", "DiffiTBlock", "TMSA2d"]

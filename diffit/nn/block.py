@@ -1,0 +1,93 @@
+"""The transformer block of DiffiT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from diffit.nn.tmsa import TMSA
+from diffit_kernels import mlp
+
+
+class MLP(nn.Module):
+    """Linear, tanh-GELU, Linear: (..., dim) -> (..., dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_features: int,
+        *,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_features, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden_features, dim, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Dropout after both layers, as in timm; without it the fused operator runs."""
+        if self.training and self.drop.p > 0:
+            hidden = self.drop(gelu(self.fc1(x), approximate="tanh"))
+            return self.drop(self.fc2(hidden))
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class DiffiTBlock(nn.Module):
+    """``x = x + TMSA(LN(x), temb)``, ``x = x + MLP(LN(x))`` (DiffiT, equations 7 and 8).
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads.
+        temb_dim: width T of the time token, or None for a block without one.
+        window_size: tokens of an attention window, (wh, ww) or one number for both.
+        mlp_ratio: width of the hidden layer over C.
+        qkv_bias, rel_pos_bias, attn_drop, proj_drop: as in ``TMSA``; ``proj_drop`` also acts in
+            the MLP.
+        device, dtype: of the parameters.
+
+    The layer norms have eps 1e-6 and no parameters, as the published weights expect.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        temb_dim: int | None = None,
+        window_size: int | tuple[int, int],
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        rel_pos_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False, **factory)
+        self.attn = TMSA(
+            dim,
+            num_heads,
+            temb_dim=temb_dim,
+            window_size=window_size,
+            qkv_bias=qkv_bias,
+            rel_pos_bias=rel_pos_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **factory,
+        )
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False, **factory)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+
+    def forward(
+        self, x: Tensor, temb: Tensor | None = None, *, grid_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """x (B, L, C), temb (B, T) -> (B, L, C); ``grid_size`` as in ``TMSA``."""
+        x = x + self.attn(self.norm1(x), temb, grid_size=grid_size)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,227 @@
+"""Time-dependent multi-head self-attention as a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffit_kernels import relative_position_index, tmsa
+from diffit_kernels.ops.window_attention import as_window, default_grid
+from diffit_kernels.problem import WindowAttentionProblem
+from diffit_kernels.reference.window_attention import partition, unpartition
+
+
+class TMSA(nn.Module):
+    """Windowed self-attention whose q, k and v see the spatial tokens and a time token.
+
+    ``q, k, v = x W_s + b_s + temb W_t + b_t``, ``softmax(q k^T d**-0.5 + B) v`` in each window,
+    output projection (DiffiT, equations 3 to 6). No residual, no norm.
+
+    Args:
+        dim: channels C, divisible by ``num_heads``.
+        num_heads: attention heads.
+        temb_dim: width T of the time token; None: the layer takes no token.
+        window_size: tokens of a window, (wh, ww) or one number for both. A window may be the
+            whole grid.
+        qkv_bias: whether the projections of tokens and time token have a bias.
+        rel_pos_bias: whether there is a relative position bias.
+        attn_drop: dropout of the attention probabilities.
+        proj_drop: dropout of the output.
+        device, dtype: of the parameters.
+
+    The fused operator runs wherever the algebra holds. Active attention dropout, a time token
+    per position and ``return_attention`` take the plain formula, with the same result.
+    """
+
+    relative_position_bias_table: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        temb_dim: int | None = None,
+        window_size: int | tuple[int, int],
+        qkv_bias: bool = True,
+        rel_pos_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim < 1 or dim % num_heads:
+            raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
+        window = as_window(window_size)
+        if min(window) < 1:
+            raise ValueError(f"window_size: expected positive integers, got {window}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.temb_dim = temb_dim
+        self.window_size = window
+        self.scale = (dim // num_heads) ** -0.5
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.qkv_temb = (
+            None if temb_dim is None else nn.Linear(temb_dim, 3 * dim, bias=qkv_bias, **factory)
+        )
+        rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+        self.relative_position_bias_table = (
+            nn.Parameter(torch.empty(rows, num_heads, **factory)) if rel_pos_bias else None
+        )
+        self.softmax = nn.Softmax(dim=-1)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear layers as PyTorch's default; the bias table normal with deviation 0.02."""
+        for layer in (self.qkv, self.qkv_temb, self.proj):
+            if layer is not None:
+                layer.reset_parameters()
+        if self.relative_position_bias_table is not None:
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(
+        self,
+        x: Tensor,
+        temb: Tensor | None = None,
+        *,
+        grid_size: tuple[int, int] | None = None,
+        return_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend inside the windows.
+
+        Args:
+            x: (B, L, C), tokens in row-major order of the grid; or (windows * B, M, C),
+                partitioned, windows of a sample adjacent.
+            temb: (B, T) or (B, 1, T), one token per sample; (B, L, T), one per position; or None:
+                plain relative-position-biased attention.
+            grid_size: (H, W) with H * W = L. Default: the window if it has L tokens, else a
+                square.
+            return_attention: also return the attention probabilities.
+
+        Returns:
+            (B, L, C); with ``return_attention`` also (B * windows, heads, M, M).
+
+        Raises:
+            TypeError, ValueError: an input that does not fit, naming it.
+        """
+        self._check(x, temb)
+        if temb is not None and temb.dim() == 3 and temb.shape[1] == 1:
+            temb = temb[:, 0]
+        per_position = temb is not None and temb.dim() == 3
+        dropping = self.training and self.attn_drop.p > 0
+        if return_attention or dropping or per_position:
+            out, attention = self._plain(x, temb, grid_size)
+            out = self.proj_drop(out)
+            return (out, attention) if return_attention else out
+        token = None if temb is None else self.qkv_temb
+        out = tmsa(
+            x,
+            temb,
+            self.qkv.weight,
+            self.qkv.bias,
+            None if token is None else token.weight,
+            None if token is None else token.bias,
+            self.relative_position_bias_table,
+            self.proj.weight,
+            self.proj.bias,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            grid_size=grid_size,
+            scale=self.scale,
+        )
+        return self.proj_drop(out)
+
+    def _plain(
+        self, x: Tensor, temb: Tensor | None, grid_size: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The formula as written, with its (B, windows, heads, M, M) probabilities."""
+        qkv = self.qkv(x)
+        if temb is not None and self.qkv_temb is not None:
+            row = self.qkv_temb(temb)
+            if row.dim() == 2:
+                row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)[:, None]
+            qkv = qkv + row
+        problem = WindowAttentionProblem.from_tensors(
+            qkv,
+            None,
+            None,
+            None,
+            self.num_heads,
+            self.window_size,
+            grid_size or default_grid(x.shape[1], self.window_size),
+            self.scale,
+        )
+        q, k, v = partition(problem, qkv, 3)
+        logits = (q @ k.transpose(-1, -2)) * self.scale
+        if self.relative_position_bias_table is not None:
+            index = relative_position_index(self.window_size).to(x.device)
+            bias = self.relative_position_bias_table[index].permute(2, 0, 1)
+            logits = logits + bias.to(logits.dtype)
+        attention = self.softmax(logits)
+        out = self.proj(unpartition(problem, (self.attn_drop(attention) @ v)[None]))
+        return out, attention.flatten(0, 1)
+
+    def _check(self, x: Tensor, temb: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected (B, L, {self.dim}), got shape {tuple(x.shape)}")
+        if temb is None:
+            return
+        if self.temb_dim is None:
+            raise ValueError("temb: this layer was made without temb_dim and takes no time token")
+        if temb.dim() not in (2, 3) or temb.shape[-1] != self.temb_dim:
+            raise ValueError(
+                f"temb: expected (B, {self.temb_dim}) or (B, L, {self.temb_dim}), "
+                f"got shape {tuple(temb.shape)}"
+            )
+        if temb.dim() == 3 and temb.shape[1] not in (1, x.shape[1]):
+            raise ValueError(
+                f"temb: expected one token or L = {x.shape[1]} of them per sample, "
+                f"got shape {tuple(temb.shape)}"
+            )
+        fits = (
+            temb.shape[0] == x.shape[0]
+            if temb.dim() == 3 and temb.shape[1] > 1
+            else temb.shape[0] > 0 and x.shape[0] % temb.shape[0] == 0
+        )
+        if not fits:
+            raise ValueError(
+                f"temb: expected {x.shape[0]} samples or a divisor of it, "
+                f"got shape {tuple(temb.shape)}"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Published weights store this constant; it is accepted and not kept.
+        state_dict.pop(prefix + "relative_position_index", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """What the submodules do not show."""
+        return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}"
+
+
+class TMSA2d(TMSA):
+    """``TMSA`` on feature maps: (B, C, H, W), temb (B, T) -> (B, C, H, W), channels last."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, temb: Tensor | None = None, *, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend inside the windows of the map; H and W are multiples of the window."""
+        if x.dim() != 4:
+            raise ValueError(f"x: expected (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
+        height, width = x.shape[2:]
+        result = super().forward(
+            x.flatten(2).transpose(1, 2),
+            temb,
+            grid_size=(height, width),
+            return_attention=return_attention,
+        )
+        out, *attention = result if return_attention else (result,)
+        out = out.transpose(1, 2).unflatten(2, (height, width))
+        return (out, *attention) if return_attention else out

@@ -1,0 +1,26 @@
+"""Fused attention with a relative position bias and a time token, as PyTorch operators.
+
+    out = window_attention(qkv, table, num_heads=8, window_size=8, q_row=q_row, v_row=v_row)
+    out = tmsa(x, temb, ...)             # with its projections
+    out = mlp(x, w1, b1, w2, b2)         # Linear, tanh-GELU, Linear
+
+``available_backends()`` tells what can run here; ``use_backend(name)`` chooses.
+"""
+
+from diffit_kernels.dispatch import available_backends, use_backend
+from diffit_kernels.ops import mlp, tmsa, window_attention
+from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
+from diffit_kernels.reference import relative_position_index
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLPProblem",
+    "WindowAttentionProblem",
+    "available_backends",
+    "mlp",
+    "relative_position_index",
+    "tmsa",
+    "use_backend",
+    "window_attention",
+]

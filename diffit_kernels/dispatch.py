@@ -1,0 +1,88 @@
+"""Which backend runs an operator: one table, no surprises."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from diffit_kernels import native, reference
+from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
+
+# A backend is a module with the functions of `reference`, or the reason why there is none.
+_BACKENDS: dict[str, ModuleType | str] = {
+    "reference": reference,
+    "cpu": native,
+    "triton": "this version has no Triton kernels",
+    "cuda": "this version has no CUDA C++ kernels",
+}
+# What "auto" tries, in this order, for a tensor on each type of device.
+_AUTO = {"cpu": ("cpu", "reference")}
+_AUTO_ELSEWHERE = ("reference",)
+
+
+def _checked(name: str, source: str) -> str:
+    if name != "auto" and name not in _BACKENDS:
+        known = ", ".join(["auto", *_BACKENDS])
+        raise ValueError(f"{source}: expected one of {known}, got {name!r}")
+    return name
+
+
+_chosen: str | None = None
+
+
+def _choice() -> str:
+    if _chosen is not None:
+        return _chosen
+    return _checked(os.environ.get("DIFFIT_BACKEND", "auto"), "DIFFIT_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on one backend.
+
+    Args:
+        name: "auto" (the default elsewhere), "reference", "cpu", "triton" or "cuda". The choice
+            holds for the whole process, so that it also reaches autograd's threads, and comes
+            before the environment variable ``DIFFIT_BACKEND``.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: raised by the operator when the backend cannot run it, with the reason.
+    """
+    global _chosen
+    previous, _chosen = _chosen, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def available_backends() -> dict[str, str | None]:
+    """For each backend None, or the reason why it cannot run in this process."""
+    return {
+        name: backend if isinstance(backend, str) else backend.unavailable()
+        for name, backend in _BACKENDS.items()
+    }
+
+
+def _reason(name: str, problem: WindowAttentionProblem | MLPProblem) -> str | None:
+    backend = _BACKENDS[name]
+    if isinstance(backend, str):
+        return backend
+    return backend.unavailable() or backend.supports(problem)
+
+
+def select(problem: WindowAttentionProblem | MLPProblem) -> ModuleType:
+    """The module that runs this problem."""
+    choice = _choice()
+    if choice != "auto":
+        if reason := _reason(choice, problem):
+            raise RuntimeError(f"backend {choice!r} cannot run this call: {reason}")
+    else:
+        names = _AUTO.get(problem.device_type, _AUTO_ELSEWHERE)
+        choice = next(name for name in names if _reason(name, problem) is None)
+    backend = _BACKENDS[choice]
+    assert isinstance(backend, ModuleType)
+    return backend

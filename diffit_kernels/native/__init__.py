@@ -1,0 +1,194 @@
+"""The compiled CPU kernels of ``csrc``, as a backend."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
+
+# torch is imported first: the extension then shares its OpenMP pool.
+_module: Any = None
+_import_error: str | None = None
+try:
+    _module = import_module("diffit_kernels._native")
+except ImportError as error:
+    _import_error = (
+        f"the compiled module could not be loaded ({error}); "
+        "reinstall with a C++17 compiler on the path"
+    )
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unavailable() -> str | None:
+    """Why the compiled kernels cannot run in this process, or None."""
+    return _import_error
+
+
+def instruction_set() -> str | None:
+    """The instruction set that the kernels use on this processor, or None without them."""
+    return None if _module is None else _module.instruction_set()
+
+
+def supports(problem: WindowAttentionProblem | MLPProblem) -> str | None:
+    """Why the compiled kernels cannot run this problem, or None."""
+    if problem.device_type != "cpu":
+        return f"the tensors are on {problem.device_type}"
+    if problem.dtype not in _DTYPES:
+        return f"{problem.dtype} is not one of float32, bfloat16, float16"
+    if isinstance(problem, WindowAttentionProblem):
+        if problem.head_dim % 8 or not 8 <= problem.head_dim <= 128:
+            return f"head width {problem.head_dim} is not a multiple of 8 from 8 to 128"
+        if max(problem.window_size) > 32:
+            return f"window {problem.window_size} is larger than 32 x 32"
+    return None
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _optional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _shape(problem: WindowAttentionProblem) -> tuple[int, ...]:
+    return (
+        problem.batch,
+        *problem.grid_size,
+        *problem.window_size,
+        problem.num_heads,
+        problem.head_dim,
+        _DTYPES[problem.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def window_attention(
+    problem: WindowAttentionProblem,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    qkv = _rows_contiguous(qkv)
+    rel_pos_table, q_row, v_row = map(_optional, (rel_pos_table, q_row, v_row))
+    out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
+    lse = qkv.new_empty(
+        problem.batch, problem.num_heads, problem.tokens, dtype=problem.table_dtype
+    )
+    _module.window_attention(
+        _shape(problem),
+        scale,
+        qkv.data_ptr(),
+        qkv.stride(0),
+        qkv.stride(1),
+        _pointer(rel_pos_table),
+        _pointer(q_row),
+        _pointer(v_row),
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
+    return out, lse
+
+
+def window_attention_backward(
+    problem: WindowAttentionProblem,
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As the reference."""
+    qkv, grad_out = _rows_contiguous(qkv), _rows_contiguous(grad_out)
+    rel_pos_table, q_rows, lse = map(_optional, (rel_pos_table, q_row, lse))
+    grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
+    grad_table = None if rel_pos_table is None else torch.empty_like(rel_pos_table)
+    _module.window_attention_backward(
+        _shape(problem),
+        scale,
+        qkv.data_ptr(),
+        qkv.stride(0),
+        qkv.stride(1),
+        _pointer(rel_pos_table),
+        _pointer(q_rows),
+        grad_out.data_ptr(),
+        grad_out.stride(0),
+        grad_out.stride(1),
+        _pointer(lse),
+        grad_qkv.data_ptr(),
+        _pointer(grad_table),
+    )
+    grad_q_row = None if q_row is None else grad_qkv[..., : problem.dim].sum(dim=1)
+    grad_v_row = None if v_row is None else grad_out.sum(dim=1)
+    return grad_qkv, grad_table, grad_q_row, grad_v_row
+
+
+def mlp(
+    problem: MLPProblem,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As the reference; one pass over the hidden layer, in place where it is not saved."""
+    hidden = linear(x.reshape(problem.rows, -1), fc1_weight)
+    activation = torch.empty_like(hidden) if save_hidden else hidden
+    _module.bias_gelu(
+        (problem.rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
+        hidden.data_ptr(),
+        fc1_bias.contiguous().data_ptr(),
+        activation.data_ptr(),
+    )
+    y = linear(activation, fc2_weight, fc2_bias).reshape(*x.shape[:-1], problem.out_features)
+    return y, hidden if save_hidden else None
+
+
+def mlp_backward(
+    problem: MLPProblem,
+    grad_y: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the reference; one pass over the hidden layer, in place on the incoming gradient."""
+    x_rows = x.reshape(problem.rows, -1)
+    grad_rows = grad_y.reshape(problem.rows, -1)
+    hidden = hidden.contiguous()
+    grad_hidden = (grad_rows @ fc2_weight).contiguous()
+    activation = torch.empty_like(hidden)
+    grad_fc1_bias = torch.empty_like(fc1_bias, memory_format=torch.contiguous_format)
+    _module.bias_gelu_backward(
+        (problem.rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
+        hidden.data_ptr(),
+        fc1_bias.contiguous().data_ptr(),
+        grad_hidden.data_ptr(),
+        activation.data_ptr(),
+        grad_fc1_bias.data_ptr(),
+    )
+    return (
+        (grad_hidden @ fc1_weight).reshape(x.shape),
+        grad_hidden.t() @ x_rows,
+        grad_fc1_bias,
+        grad_rows.t() @ activation,
+        grad_rows.sum(dim=0),
+    )

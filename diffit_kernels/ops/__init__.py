@@ -1,0 +1,7 @@
+"""The operators ``torch.ops.diffit.*``: schema, checks, fake, autograd, autocast. No mathematics."""
+
+from diffit_kernels.ops.mlp import mlp
+from diffit_kernels.ops.tmsa import tmsa
+from diffit_kernels.ops.window_attention import window_attention
+
+__all__ = ["mlp", "tmsa", "window_attention"]

@@ -1,0 +1,122 @@
+"""``torch.ops.diffit.mlp``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffit_kernels.dispatch import select
+from diffit_kernels.ops.autocast import register_autocast
+from diffit_kernels.problem import MLPProblem, require_like, require_shape
+
+
+def mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """``gelu(x W1^T + b1) W2^T + b2`` with the tanh form of GELU.
+
+    Args:
+        x: (..., in_features); float32, bfloat16, float16 or float64.
+        fc1_weight: (hidden, in_features).
+        fc1_bias: (hidden,).
+        fc2_weight: (out_features, hidden).
+        fc2_bias: (out_features,).
+
+    Returns:
+        (..., out_features), contiguous, in the dtype of ``x``.
+
+    Raises:
+        TypeError: a dtype or device that is not supported or differs from that of ``x``.
+        ValueError: a shape that does not fit.
+        RuntimeError: the backend chosen by ``use_backend`` cannot run this call.
+    """
+    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    save_hidden = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    y, _ = torch.ops.diffit.mlp(*tensors, save_hidden)
+    return y
+
+
+@torch.library.custom_op("diffit::mlp", mutates_args=())
+def _forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, and ``x W1^T`` (rows, hidden) if ``save_hidden``, else no elements."""
+    problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    y, hidden = select(problem).mlp(
+        problem, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save_hidden
+    )
+    return y, x.new_empty(0) if hidden is None else hidden
+
+
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    hidden = (problem.rows, problem.hidden_features) if save_hidden else 0
+    return x.new_empty(*x.shape[:-1], problem.out_features), x.new_empty(hidden)
+
+
+@torch.library.custom_op("diffit::mlp_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
+    problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    require_like("grad_y", grad_y, x.dtype, x)
+    require_shape("grad_y", grad_y, (*x.shape[:-1], problem.out_features))
+    require_like("hidden", hidden, x.dtype, x)
+    require_shape("hidden", hidden, (problem.rows, problem.hidden_features))
+    return select(problem).mlp_backward(
+        problem, grad_y, x, fc1_weight, fc1_bias, fc2_weight, hidden
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(fc1_weight.shape),
+        x.new_empty(fc1_bias.shape),
+        x.new_empty(fc2_weight.shape),
+        x.new_empty(fc2_bias.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[Any, ...]:
+    return *torch.ops.diffit.mlp_backward(grad_y, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_autocast("mlp", torch.ops.diffit.mlp)

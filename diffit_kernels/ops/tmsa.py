@@ -1,0 +1,105 @@
+"""Time-dependent multi-head self-attention: the projections around ``window_attention``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from diffit_kernels.ops.window_attention import window_attention
+
+
+def tmsa(
+    x: Tensor,
+    temb: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temb_weight: Tensor | None,
+    temb_bias: Tensor | None,
+    rel_pos_table: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    num_heads: int,
+    window_size: int | tuple[int, int],
+    grid_size: tuple[int, int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Self-attention whose q, k and v see the time token (DiffiT, equations 3 to 6).
+
+    ``q, k, v = x W_s + b_s + temb W_t + b_t``, windowed attention with the relative position
+    bias, output projection. The token adds a constant row to q, k and v of a sample. The row of k
+    does not change the softmax and the rows of q and v enter inside ``window_attention``, so the
+    token costs no pass over q, k and v.
+
+    Args:
+        x: (B, L, C).
+        temb: (B, T), or None: attention without a time token (``temb_weight`` is not used).
+            (b, T) with b a divisor of B: x holds B / b partitioned windows of each sample.
+        qkv_weight: (3C, C); rows packed as (3, heads, head_dim), as those of ``temb_weight``.
+        qkv_bias: (3C,) or None.
+        temb_weight: (3C, T).
+        temb_bias: (3C,) or None.
+        rel_pos_table: ((2 wh - 1) (2 ww - 1), heads) or None.
+        proj_weight: (C, C).
+        proj_bias: (C,) or None.
+        num_heads, window_size, grid_size, scale: as in ``window_attention``.
+
+    Returns:
+        (B, L, C).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``window_attention``.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x: expected (B, L, C), got shape {tuple(x.shape)}")
+    batch, dim = x.shape[0], x.shape[2]
+    if temb is None:
+        temb_weight = temb_bias = None
+    elif temb_weight is None:
+        raise ValueError("temb_weight: expected (3C, T) because temb is given, got None")
+    else:
+        if temb.dim() != 2 or temb.shape[0] == 0 or batch % temb.shape[0]:
+            raise ValueError(
+                f"temb: expected (B, T) with B = {batch} or a divisor of it, "
+                f"got shape {tuple(temb.shape)}"
+            )
+        for name, weight, columns in (
+            ("qkv_weight", qkv_weight, dim),
+            ("temb_weight", temb_weight, temb.shape[1]),
+        ):
+            if tuple(weight.shape) != (3 * dim, columns):
+                raise ValueError(
+                    f"{name}: expected shape {(3 * dim, columns)}, got {tuple(weight.shape)}"
+                )
+    q_row, v_row = (
+        _row(slice(part * dim, (part + 1) * dim), batch, temb, qkv_bias, temb_weight, temb_bias)
+        for part in (0, 2)
+    )
+    out = window_attention(
+        linear(x, qkv_weight),
+        rel_pos_table,
+        num_heads=num_heads,
+        window_size=window_size,
+        grid_size=grid_size,
+        q_row=q_row,
+        v_row=v_row,
+        scale=scale,
+    )
+    return linear(out, proj_weight, proj_bias)
+
+
+def _row(
+    part: slice,
+    batch: int,
+    temb: Tensor | None,
+    qkv_bias: Tensor | None,
+    temb_weight: Tensor | None,
+    temb_bias: Tensor | None,
+) -> Tensor | None:
+    """(B, C): what bias and time token add to every token's q or v."""
+    biases = [bias[part] for bias in (qkv_bias, temb_bias) if bias is not None]
+    bias = sum(biases[1:], biases[0]) if biases else None
+    if temb is None or temb_weight is None:
+        return None if bias is None else bias.expand(batch, -1)
+    row = linear(temb, temb_weight[part], bias)
+    return row if row.shape[0] == batch else row.repeat_interleave(batch // row.shape[0], dim=0)

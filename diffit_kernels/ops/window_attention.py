@@ -1,0 +1,208 @@
+"""``torch.ops.diffit.window_attention``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffit_kernels.dispatch import select
+from diffit_kernels.ops.autocast import register_autocast
+from diffit_kernels.problem import WindowAttentionProblem, require_floating, require_like, require_shape
+
+
+def window_attention(
+    qkv: Tensor,
+    rel_pos_table: Tensor | None = None,
+    *,
+    num_heads: int,
+    window_size: int | tuple[int, int],
+    grid_size: tuple[int, int] | None = None,
+    q_row: Tensor | None = None,
+    v_row: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention with a relative position bias inside the windows of a grid.
+
+    ``out = softmax((q + q_row) k^T * scale + B) (v + v_row)`` in each window, with
+    ``B[h, i, j] = rel_pos_table[index(i, j), h]`` and ``index(i, j) =
+    (yi - yj + wh - 1) (2 ww - 1) + (xi - xj + ww - 1)``. The rows carry what is constant over the
+    tokens of a sample: the bias of the projection and the time token (DiffiT, section 3.2). A row
+    for k would change nothing, since softmax does not see it.
+
+    Args:
+        qkv: (B, L, 3C), packed on the last dimension as (3, heads, head_dim); float32, bfloat16,
+            float16 or float64. Tokens are in row-major order of the grid.
+        rel_pos_table: ((2 wh - 1) (2 ww - 1), heads); computed with in float32 (float64 for
+            float64 inputs). None: no bias.
+        num_heads: heads; C = num_heads * head_dim.
+        window_size: tokens of a window, (wh, ww) or one number for both; windows tile the grid.
+        grid_size: (H, W) with H * W = L. Default: the window if it has L tokens, else a square.
+        q_row: (B, C), added to every query of a sample.
+        v_row: (B, C), added to every value of a sample.
+        scale: factor of the logits. Default: head_dim ** -0.5.
+
+    Returns:
+        (B, L, C), contiguous, in the dtype of ``qkv``.
+
+    Raises:
+        TypeError: a dtype or device that is not supported or differs from that of ``qkv``.
+        ValueError: a shape, window, grid or scale that does not fit.
+        RuntimeError: the backend chosen by ``use_backend`` cannot run this call.
+    """
+    if qkv.dim() != 3:
+        raise ValueError(f"qkv: expected (B, L, 3C), got shape {tuple(qkv.shape)}")
+    window = as_window(window_size)
+    if grid_size is None:
+        grid_size = default_grid(qkv.shape[1], window)
+    if scale is None:
+        head_dim = qkv.shape[-1] // (3 * max(num_heads, 1))
+        scale = max(head_dim, 1) ** -0.5
+    if rel_pos_table is not None:
+        require_floating("rel_pos_table", rel_pos_table)
+        rel_pos_table = rel_pos_table.to(
+            torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        )
+    out, _ = torch.ops.diffit.window_attention(
+        qkv, rel_pos_table, q_row, v_row, num_heads, window, list(grid_size), scale
+    )
+    return out
+
+
+def as_window(window_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(wh, ww) of a window given as one number or two."""
+    if isinstance(window_size, int):
+        return window_size, window_size
+    if len(window_size) != 2:
+        raise ValueError(f"window_size: expected one or two integers, got {tuple(window_size)}")
+    return window_size[0], window_size[1]
+
+
+def default_grid(tokens: int, window: tuple[int, int]) -> tuple[int, int]:
+    """The grid meant where none is given: the window itself, else a square."""
+    if window[0] * window[1] == tokens:
+        return window
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(
+            f"grid_size: L = {tokens} is neither the window {window} nor a square; "
+            "pass grid_size=(height, width)"
+        )
+    return side, side
+
+
+@torch.library.custom_op("diffit::window_attention", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    num_heads: int,
+    window_size: Sequence[int],
+    grid_size: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    problem = WindowAttentionProblem.from_tensors(
+        qkv, rel_pos_table, q_row, v_row, num_heads, window_size, grid_size, scale
+    )
+    return select(problem).window_attention(problem, qkv, rel_pos_table, q_row, v_row, scale)
+
+
+@_forward.register_fake
+def _forward_fake(
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    num_heads: int,
+    window_size: Sequence[int],
+    grid_size: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    problem = WindowAttentionProblem.from_tensors(
+        qkv, rel_pos_table, q_row, v_row, num_heads, window_size, grid_size, scale
+    )
+    return (
+        qkv.new_empty(problem.batch, problem.tokens, problem.dim),
+        qkv.new_empty(
+            problem.batch, problem.num_heads, problem.tokens, dtype=problem.table_dtype
+        ),
+    )
+
+
+@torch.library.custom_op("diffit::window_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    window_size: Sequence[int],
+    grid_size: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, table, q_row, v_row; an absent input's gradient has no elements."""
+    problem = WindowAttentionProblem.from_tensors(
+        qkv, rel_pos_table, q_row, v_row, num_heads, window_size, grid_size, scale
+    )
+    for name, tensor in (("grad_out", grad_out), ("out", out)):
+        require_like(name, tensor, qkv.dtype, qkv)
+        require_shape(name, tensor, (problem.batch, problem.tokens, problem.dim))
+    require_like("lse", lse, problem.table_dtype, qkv)
+    require_shape("lse", lse, (problem.batch, problem.num_heads, problem.tokens))
+    grad_qkv, grad_table, grad_q_row, grad_v_row = select(problem).window_attention_backward(
+        problem, grad_out, qkv, rel_pos_table, q_row, v_row, out, lse, scale
+    )
+    return (
+        grad_qkv,
+        qkv.new_empty(0, dtype=problem.table_dtype) if grad_table is None else grad_table,
+        qkv.new_empty(0) if grad_q_row is None else grad_q_row,
+        qkv.new_empty(0) if grad_v_row is None else grad_v_row,
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    window_size: Sequence[int],
+    grid_size: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        qkv.new_empty(qkv.shape),
+        lse.new_empty(0 if rel_pos_table is None else rel_pos_table.shape),
+        qkv.new_empty(0 if q_row is None else q_row.shape),
+        qkv.new_empty(0 if v_row is None else v_row.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.arguments = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    grads = torch.ops.diffit.window_attention_backward(grad_out, *inputs, out, lse, *ctx.arguments)
+    present = (
+        None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True)
+    )
+    return *present, *(None for _ in ctx.arguments)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_autocast("window_attention", torch.ops.diffit.window_attention, keep=(1,))

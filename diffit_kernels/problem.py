@@ -1,0 +1,197 @@
+"""The shape of a problem: the noun that checks, kernels, tests and benchmarks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class WindowAttentionProblem:
+    """Softmax attention with a relative position bias inside non-overlapping windows of a grid."""
+
+    batch: int
+    grid_size: tuple[int, int]
+    window_size: tuple[int, int]
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device_type: str
+
+    @property
+    def dim(self) -> int:
+        """Channels C of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        """Tokens L of one sample."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens M of one window."""
+        return self.window_size[0] * self.window_size[1]
+
+    @property
+    def windows(self) -> int:
+        """Windows of one sample."""
+        return self.tokens // self.window_tokens
+
+    @property
+    def table_rows(self) -> int:
+        """Relative offsets (2 wh - 1) (2 ww - 1)."""
+        return (2 * self.window_size[0] - 1) * (2 * self.window_size[1] - 1)
+
+    @property
+    def table_dtype(self) -> torch.dtype:
+        """Dtype of the bias table and of the log-sum-exp."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds of the two attention products, counted as two operations each."""
+        return 4 * self.batch * self.num_heads * self.tokens * self.window_tokens * self.head_dim
+
+    @classmethod
+    def from_tensors(
+        cls,
+        qkv: Tensor,
+        rel_pos_table: Tensor | None,
+        q_row: Tensor | None,
+        v_row: Tensor | None,
+        num_heads: int,
+        window_size: Sequence[int],
+        grid_size: Sequence[int],
+        scale: float,
+    ) -> WindowAttentionProblem:
+        """Check the arguments of ``window_attention`` and return their problem.
+
+        Raises:
+            TypeError: a dtype or device that is not supported or not the one of ``qkv``.
+            ValueError: a shape, window, grid or scale that does not fit.
+        """
+        require_floating("qkv", qkv)
+        if qkv.dim() != 3:
+            raise ValueError(f"qkv: expected (B, L, 3C), got shape {shape(qkv)}")
+        batch, tokens, packed = qkv.shape
+        if num_heads < 1:
+            raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+        if packed == 0 or packed % (3 * num_heads):
+            raise ValueError(
+                f"qkv: expected a last dimension divisible by 3 * num_heads = {3 * num_heads}, "
+                f"got shape {shape(qkv)}"
+            )
+        if batch == 0:
+            raise ValueError(f"qkv: expected at least one sample, got shape {shape(qkv)}")
+        height, width = require_pair("grid_size", grid_size)
+        wh, ww = require_pair("window_size", window_size)
+        if height * width != tokens:
+            raise ValueError(
+                f"grid_size: expected height * width = L = {tokens}, got ({height}, {width})"
+            )
+        if height % wh or width % ww:
+            raise ValueError(
+                f"window_size: expected a divisor of grid_size ({height}, {width}), got ({wh}, {ww})"
+            )
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale}")
+        problem = cls(
+            batch=batch,
+            grid_size=(height, width),
+            window_size=(wh, ww),
+            num_heads=num_heads,
+            head_dim=packed // (3 * num_heads),
+            dtype=qkv.dtype,
+            device_type=qkv.device.type,
+        )
+        if rel_pos_table is not None:
+            require_like("rel_pos_table", rel_pos_table, problem.table_dtype, qkv)
+            require_shape("rel_pos_table", rel_pos_table, (problem.table_rows, num_heads))
+        for name, row in (("q_row", q_row), ("v_row", v_row)):
+            if row is not None:
+                require_like(name, row, qkv.dtype, qkv)
+                require_shape(name, row, (batch, problem.dim))
+        return problem
+
+
+@dataclass(frozen=True)
+class MLPProblem:
+    """Linear, tanh-GELU, Linear over ``rows`` tokens."""
+
+    rows: int
+    in_features: int
+    hidden_features: int
+    out_features: int
+    dtype: torch.dtype
+    device_type: str
+
+    @classmethod
+    def from_tensors(
+        cls,
+        x: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+    ) -> MLPProblem:
+        """Check the arguments of ``mlp`` and return their problem.
+
+        Raises:
+            TypeError: a dtype or device that is not supported or not the one of ``x``.
+            ValueError: a shape that does not fit.
+        """
+        require_floating("x", x)
+        if x.dim() < 1 or x.shape[-1] == 0:
+            raise ValueError(f"x: expected (..., C), got shape {shape(x)}")
+        if x.numel() == 0:
+            raise ValueError(f"x: expected at least one row, got shape {shape(x)}")
+        for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
+            require_like(name, weight, x.dtype, x)
+            if weight.dim() != 2 or 0 in weight.shape:
+                raise ValueError(
+                    f"{name}: expected (out_features, in_features), got shape {shape(weight)}"
+                )
+        features = x.shape[-1]
+        hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
+        require_shape("fc1_weight", fc1_weight, (hidden, features))
+        require_shape("fc2_weight", fc2_weight, (out, hidden))
+        for name, bias, size in (("fc1_bias", fc1_bias, hidden), ("fc2_bias", fc2_bias, out)):
+            require_like(name, bias, x.dtype, x)
+            require_shape(name, bias, (size,))
+        return cls(x.numel() // features, features, hidden, out, x.dtype, x.device.type)
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def require_pair(name: str, value: Sequence[int]) -> tuple[int, int]:
+    if len(value) != 2 or value[0] < 1 or value[1] < 1:
+        raise ValueError(f"{name}: expected two positive integers, got {tuple(value)}")
+    return value[0], value[1]
+
+
+def require_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
+        )
+
+
+def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise TypeError(f"{name}: expected device {like.device}, got {tensor.device}")
+
+
+def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if shape(tensor) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {shape(tensor)}")

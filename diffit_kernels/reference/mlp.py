@@ -1,0 +1,48 @@
+"""The two-layer perceptron of a transformer block, as its equations."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+from torch.ops import aten
+
+from diffit_kernels.problem import MLPProblem
+
+
+def mlp(
+    problem: MLPProblem,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``gelu_tanh(x W1^T + b1) W2^T + b2``, and ``x W1^T`` (rows, hidden) for the backward pass."""
+    hidden = linear(x, fc1_weight)
+    y = linear(gelu(hidden + fc1_bias, approximate="tanh"), fc2_weight, fc2_bias)
+    return y, hidden.reshape(problem.rows, -1) if save_hidden else None
+
+
+def mlp_backward(
+    problem: MLPProblem,
+    grad_y: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
+    x_rows = x.reshape(problem.rows, -1)
+    grad_rows = grad_y.reshape(problem.rows, -1)
+    pre_activation = hidden + fc1_bias
+    grad_activation = grad_rows @ fc2_weight
+    grad_hidden = aten.gelu_backward(grad_activation, pre_activation, approximate="tanh")
+    return (
+        (grad_hidden @ fc1_weight).reshape(x.shape),
+        grad_hidden.t() @ x_rows,
+        grad_hidden.sum(dim=0),
+        grad_rows.t() @ gelu(pre_activation, approximate="tanh"),
+        grad_rows.sum(dim=0),
+    )
