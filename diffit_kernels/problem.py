@@ -98,7 +98,8 @@ class WindowAttentionProblem:
             )
         if height % wh or width % ww:
             raise ValueError(
-                f"window_size: expected a divisor of grid_size ({height}, {width}), got ({wh}, {ww})"
+                f"window_size: expected a divisor of grid_size ({height}, {width}), "
+                f"got ({wh}, {ww})"
             )
         if not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number, got {scale}")
@@ -169,16 +170,19 @@ class MLPProblem:
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape as error messages print it."""
     return tuple(tensor.shape)
 
 
 def require_pair(name: str, value: Sequence[int]) -> tuple[int, int]:
+    """Two positive integers, or ValueError."""
     if len(value) != 2 or value[0] < 1 or value[1] < 1:
         raise ValueError(f"{name}: expected two positive integers, got {tuple(value)}")
     return value[0], value[1]
 
 
 def require_floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless the dtype is a floating one that the operators take."""
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
@@ -186,6 +190,7 @@ def require_floating(name: str, tensor: Tensor) -> None:
 
 
 def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) -> None:
+    """TypeError unless ``tensor`` has ``dtype`` and the device of ``like``."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tensor.device != like.device:
@@ -193,5 +198,6 @@ def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) ->
 
 
 def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """ValueError unless ``tensor`` has the expected shape."""
     if shape(tensor) != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {shape(tensor)}")

@@ -216,7 +216,7 @@ class TMSA2d(TMSA):
         if x.dim() != 4:
             raise ValueError(f"x: expected (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
         height, width = x.shape[2:]
-        result = super().forward(
+        result: Any = super().forward(
             x.flatten(2).transpose(1, 2),
             temb,
             grid_size=(height, width),

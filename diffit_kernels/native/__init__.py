@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -30,9 +32,31 @@ def unavailable() -> str | None:
     return _import_error
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this build and this processor have, slowest first."""
+    return () if _module is None else tuple(_module.instruction_sets())
+
+
 def instruction_set() -> str | None:
-    """The instruction set that the kernels use on this processor, or None without them."""
+    """The instruction set in use, or None without the compiled kernels."""
     return None if _module is None else _module.instruction_set()
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Run the kernels on one of ``instruction_sets()`` inside the ``with`` block.
+
+    Raises:
+        ValueError: it is not one of them.
+    """
+    if name not in instruction_sets():
+        raise ValueError(f"name: expected one of {instruction_sets()}, got {name!r}")
+    previous = instruction_set()
+    _module.set_instruction_set(name)
+    try:
+        yield
+    finally:
+        _module.set_instruction_set(previous)
 
 
 def supports(problem: WindowAttentionProblem | MLPProblem) -> str | None:
@@ -85,9 +109,7 @@ def window_attention(
     qkv = _rows_contiguous(qkv)
     rel_pos_table, q_row, v_row = map(_optional, (rel_pos_table, q_row, v_row))
     out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
-    lse = qkv.new_empty(
-        problem.batch, problem.num_heads, problem.tokens, dtype=problem.table_dtype
-    )
+    lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=problem.table_dtype)
     _module.window_attention(
         _shape(problem),
         scale,
@@ -116,7 +138,7 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
     qkv, grad_out = _rows_contiguous(qkv), _rows_contiguous(grad_out)
-    rel_pos_table, q_rows, lse = map(_optional, (rel_pos_table, q_row, lse))
+    rel_pos_table, q_rows = map(_optional, (rel_pos_table, q_row))
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     grad_table = None if rel_pos_table is None else torch.empty_like(rel_pos_table)
     _module.window_attention_backward(
@@ -130,13 +152,27 @@ def window_attention_backward(
         grad_out.data_ptr(),
         grad_out.stride(0),
         grad_out.stride(1),
-        _pointer(lse),
         grad_qkv.data_ptr(),
         _pointer(grad_table),
     )
-    grad_q_row = None if q_row is None else grad_qkv[..., : problem.dim].sum(dim=1)
-    grad_v_row = None if v_row is None else grad_out.sum(dim=1)
+    grad_q_row = None if q_row is None else _token_sum(grad_qkv[..., : problem.dim])
+    grad_v_row = None if v_row is None else _token_sum(grad_out)
     return grad_qkv, grad_table, grad_q_row, grad_v_row
+
+
+def _token_sum(x: Tensor) -> Tensor:
+    """(B, L, C), last stride 1 -> (B, C)."""
+    out = x.new_empty(x.shape[0], x.shape[2])
+    _module.token_sum(
+        *x.shape,
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        out.data_ptr(),
+    )
+    return out
 
 
 def mlp(
@@ -150,11 +186,12 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """As the reference; one pass over the hidden layer, in place where it is not saved."""
     hidden = linear(x.reshape(problem.rows, -1), fc1_weight)
+    bias = fc1_bias.contiguous()
     activation = torch.empty_like(hidden) if save_hidden else hidden
     _module.bias_gelu(
         (problem.rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
         hidden.data_ptr(),
-        fc1_bias.contiguous().data_ptr(),
+        bias.data_ptr(),
         activation.data_ptr(),
     )
     y = linear(activation, fc2_weight, fc2_bias).reshape(*x.shape[:-1], problem.out_features)
@@ -175,20 +212,21 @@ def mlp_backward(
     grad_rows = grad_y.reshape(problem.rows, -1)
     hidden = hidden.contiguous()
     grad_hidden = (grad_rows @ fc2_weight).contiguous()
+    bias = fc1_bias.contiguous()
     activation = torch.empty_like(hidden)
-    grad_fc1_bias = torch.empty_like(fc1_bias, memory_format=torch.contiguous_format)
+    grad_fc1_bias = torch.empty(problem.hidden_features, dtype=torch.float32)
     _module.bias_gelu_backward(
         (problem.rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
         hidden.data_ptr(),
-        fc1_bias.contiguous().data_ptr(),
-        grad_hidden.data_ptr(),
+        bias.data_ptr(),
         activation.data_ptr(),
+        grad_hidden.data_ptr(),
         grad_fc1_bias.data_ptr(),
     )
     return (
         (grad_hidden @ fc1_weight).reshape(x.shape),
         grad_hidden.t() @ x_rows,
-        grad_fc1_bias,
+        grad_fc1_bias.to(x.dtype),
         grad_rows.t() @ activation,
         grad_rows.sum(dim=0),
     )

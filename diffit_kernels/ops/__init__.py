@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.diffit.*``: schema, checks, fake, autograd, autocast. No mathematics."""
+"""The operators ``torch.ops.diffit.*``: schema, checks, fake, autograd, autocast. No maths."""
 
 from diffit_kernels.ops.mlp import mlp
 from diffit_kernels.ops.tmsa import tmsa

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from diffit_kernels.dispatch import select
 from diffit_kernels.ops.autocast import register_autocast
-from diffit_kernels.problem import WindowAttentionProblem, require_floating, require_like, require_shape
+from diffit_kernels.problem import (
+    WindowAttentionProblem,
+    require_floating,
+    require_like,
+    require_shape,
+)
 
 
 def window_attention(
@@ -127,9 +132,7 @@ def _forward_fake(
     )
     return (
         qkv.new_empty(problem.batch, problem.tokens, problem.dim),
-        qkv.new_empty(
-            problem.batch, problem.num_heads, problem.tokens, dtype=problem.table_dtype
-        ),
+        qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=problem.table_dtype),
     )
 
 
@@ -198,9 +201,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
     *inputs, out, lse = ctx.saved_tensors
     grads = torch.ops.diffit.window_attention_backward(grad_out, *inputs, out, lse, *ctx.arguments)
-    present = (
-        None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True)
-    )
+    present = (None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
     return *present, *(None for _ in ctx.arguments)
 
 

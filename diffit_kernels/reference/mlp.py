@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
-from torch.ops import aten
 
 from diffit_kernels.problem import MLPProblem
 
@@ -38,7 +38,7 @@ def mlp_backward(
     grad_rows = grad_y.reshape(problem.rows, -1)
     pre_activation = hidden + fc1_bias
     grad_activation = grad_rows @ fc2_weight
-    grad_hidden = aten.gelu_backward(grad_activation, pre_activation, approximate="tanh")
+    grad_hidden = torch.ops.aten.gelu_backward(grad_activation, pre_activation, approximate="tanh")
     return (
         (grad_hidden @ fc1_weight).reshape(x.shape),
         grad_hidden.t() @ x_rows,

@@ -30,9 +30,7 @@ def relative_position_index(window_size: tuple[int, int]) -> Tensor:
 def partition(problem: WindowAttentionProblem, x: Tensor, parts: int) -> Tensor:
     """(B, L, parts * C) -> (parts, B, windows, heads, M, d)."""
     (height, width), (wh, ww) = problem.grid_size, problem.window_size
-    x = x.reshape(
-        -1, height // wh, wh, width // ww, ww, parts, problem.num_heads, problem.head_dim
-    )
+    x = x.reshape(-1, height // wh, wh, width // ww, ww, parts, problem.num_heads, problem.head_dim)
     x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)
     return x.reshape(
         parts, -1, problem.windows, problem.num_heads, problem.window_tokens, problem.head_dim
@@ -43,9 +41,7 @@ def unpartition(problem: WindowAttentionProblem, x: Tensor) -> Tensor:
     """(parts, B, windows, heads, M, d) -> (B, L, parts * C), contiguous."""
     (height, width), (wh, ww) = problem.grid_size, problem.window_size
     parts = x.shape[0]
-    x = x.reshape(
-        parts, -1, height // wh, width // ww, problem.num_heads, wh, ww, problem.head_dim
-    )
+    x = x.reshape(parts, -1, height // wh, width // ww, problem.num_heads, wh, ww, problem.head_dim)
     x = x.permute(1, 2, 5, 3, 6, 0, 4, 7)
     return x.reshape(-1, problem.tokens, parts * problem.dim).contiguous()
 
@@ -56,7 +52,11 @@ def _head_row(problem: WindowAttentionProblem, row: Tensor) -> Tensor:
 
 
 def _logits(
-    problem: WindowAttentionProblem, q: Tensor, k: Tensor, rel_pos_table: Tensor | None, scale: float
+    problem: WindowAttentionProblem,
+    q: Tensor,
+    k: Tensor,
+    rel_pos_table: Tensor | None,
+    scale: float,
 ) -> Tensor:
     logits = (q @ k.transpose(-1, -2)) * scale
     if rel_pos_table is not None:

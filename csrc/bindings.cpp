@@ -1,0 +1,126 @@
+// The Python module diffit_kernels._native. Tensors come as addresses and strides (in elements):
+// no torch headers, so that no upgrade of torch breaks it. diffit_kernels.native checks them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// batch, height, width, window height, window width, heads, head width, dtype, threads
+using Shape = std::array<int64_t, 9>;
+
+diffit::WindowAttention problem(const Shape& shape, double scale) {
+    diffit::WindowAttention p{};
+    p.batch = shape[0];
+    p.height = shape[1];
+    p.width = shape[2];
+    p.window_height = shape[3];
+    p.window_width = shape[4];
+    p.heads = shape[5];
+    p.head_dim = shape[6];
+    p.dtype = static_cast<diffit::DType>(shape[7]);
+    p.scale = static_cast<float>(scale);
+    return p;
+}
+
+void window_attention(const Shape& shape, double scale, Address qkv, int64_t qkv_stride_batch,
+                      int64_t qkv_stride_token, Address table, Address q_row, Address v_row,
+                      Address out, Address lse) {
+    diffit::WindowAttention p = problem(shape, scale);
+    p.qkv = pointer<void>(qkv);
+    p.qkv_stride_batch = qkv_stride_batch;
+    p.qkv_stride_token = qkv_stride_token;
+    p.table = pointer<float>(table);
+    p.q_row = pointer<void>(q_row);
+    p.v_row = pointer<void>(v_row);
+    p.out = pointer<void>(out);
+    p.lse = pointer<float>(lse);
+    diffit::window_attention(p, static_cast<int>(shape[8]));
+}
+
+void window_attention_backward(const Shape& shape, double scale, Address qkv,
+                               int64_t qkv_stride_batch, int64_t qkv_stride_token, Address table,
+                               Address q_row, Address grad_out, int64_t grad_out_stride_batch,
+                               int64_t grad_out_stride_token, Address grad_qkv,
+                               Address grad_table) {
+    diffit::WindowAttention p = problem(shape, scale);
+    p.qkv = pointer<void>(qkv);
+    p.qkv_stride_batch = qkv_stride_batch;
+    p.qkv_stride_token = qkv_stride_token;
+    p.table = pointer<float>(table);
+    p.q_row = pointer<void>(q_row);
+    p.grad_out = pointer<void>(grad_out);
+    p.grad_out_stride_batch = grad_out_stride_batch;
+    p.grad_out_stride_token = grad_out_stride_token;
+    p.grad_qkv = pointer<void>(grad_qkv);
+    p.grad_table = pointer<float>(grad_table);
+    diffit::window_attention_backward(p, static_cast<int>(shape[8]));
+}
+
+// rows, features, dtype, threads
+using Rows = std::array<int64_t, 4>;
+
+diffit::BiasGelu problem(const Rows& shape, Address hidden, Address bias, Address activation) {
+    diffit::BiasGelu g{};
+    g.rows = shape[0];
+    g.features = shape[1];
+    g.dtype = static_cast<diffit::DType>(shape[2]);
+    g.hidden = pointer<void>(hidden);
+    g.bias = pointer<void>(bias);
+    g.activation = pointer<void>(activation);
+    return g;
+}
+
+void bias_gelu(const Rows& shape, Address hidden, Address bias, Address activation) {
+    diffit::bias_gelu(problem(shape, hidden, bias, activation), static_cast<int>(shape[3]));
+}
+
+void bias_gelu_backward(const Rows& shape, Address hidden, Address bias, Address activation,
+                        Address grad, Address grad_bias) {
+    diffit::BiasGelu g = problem(shape, hidden, bias, activation);
+    g.grad = pointer<void>(grad);
+    g.grad_bias = pointer<float>(grad_bias);
+    diffit::bias_gelu_backward(g, static_cast<int>(shape[3]));
+}
+
+void token_sum(int64_t batch, int64_t tokens, int64_t columns, int64_t dtype, int64_t threads,
+               Address x, int64_t stride_batch, int64_t stride_token, Address out) {
+    diffit::TokenSum t{};
+    t.batch = batch;
+    t.tokens = tokens;
+    t.columns = columns;
+    t.dtype = static_cast<diffit::DType>(dtype);
+    t.x = pointer<void>(x);
+    t.stride_batch = stride_batch;
+    t.stride_token = stride_token;
+    t.out = pointer<void>(out);
+    diffit::token_sum(t, static_cast<int>(threads));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "CPU kernels of diffit_kernels; called through diffit_kernels.native.";
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    m.def("instruction_sets", diffit::instruction_sets);
+    m.def("instruction_set", diffit::instruction_set);
+    m.def("set_instruction_set", diffit::set_instruction_set);
+    m.def("window_attention", window_attention, release);
+    m.def("window_attention_backward", window_attention_backward, release);
+    m.def("bias_gelu", bias_gelu, release);
+    m.def("bias_gelu_backward", bias_gelu_backward, release);
+    m.def("token_sum", token_sum, release);
+}

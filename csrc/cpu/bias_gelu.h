@@ -1,0 +1,75 @@
+// gelu(hidden + bias), tanh form, and its gradient, over a chunk of rows.
+#pragma once
+
+#include "problem.h"
+#include "vec.h"
+
+namespace diffit {
+namespace {
+
+// gelu(x) = x s(x) with s(x) = sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3).
+constexpr float two_u_log2e = 2.30220819f;  // 2 sqrt(2/pi) log2(e)
+constexpr float two_u = 1.59576912f;        // 2 sqrt(2/pi)
+constexpr float cubic = 0.044715f;
+
+struct Gate {
+    vf open, closed;  // s(x) and 1 - s(x), each to full relative precision
+};
+
+inline Gate gate(vf x) {
+    const vf u = x * (cubic * (x * x) + 1.0f) * -two_u_log2e;
+    // The bound keeps 1 + e a normal number; NaN passes it.
+    const vf limit = splat(126.0f);
+    const vf e = exp2(limit < u ? limit : u);
+    const vf open = reciprocal(1.0f + e);
+    return {open, e * open};
+}
+
+template <class T>
+struct BiasGeluKernel {
+    template <class Each>
+    static void over(int64_t features, const Each& each) {
+        int64_t c = 0;
+        for (; c + W <= features; c += W) each(c, W);
+        if (c < features) each(c, static_cast<int>(features - c));
+    }
+
+    static void forward(const BiasGelu& p, int64_t item) {
+        const T* bias = static_cast<const T*>(p.bias);
+        for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
+            const T* hidden = static_cast<const T*>(p.hidden) + r * p.features;
+            T* activation = static_cast<T*>(p.activation) + r * p.features;
+            over(p.features, [&](int64_t c, int n) {
+                const vf x = load(hidden + c, n) + load(bias + c, n);
+                store(activation + c, x * gate(x).open, n);
+            });
+        }
+    }
+
+    static void backward(const BiasGelu& p, int64_t item) {
+        const T* bias = static_cast<const T*>(p.bias);
+        float* grad_bias = p.grad_bias_part + item * p.features;
+        std::memset(grad_bias, 0, p.features * sizeof(float));
+        for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
+            const T* hidden = static_cast<const T*>(p.hidden) + r * p.features;
+            T* activation = static_cast<T*>(p.activation) + r * p.features;
+            T* grad = static_cast<T*>(p.grad) + r * p.features;
+            over(p.features, [&](int64_t c, int n) {
+                const vf x = load(hidden + c, n) + load(bias + c, n);
+                const Gate g = gate(x);
+                const vf y = x * g.open;
+                // d gelu / dx = s + x s (1 - s) d(2u)/dx
+                // The bound keeps x^2 finite where s (1 - s) has long been 0.
+                const vf x2 = x * x, limit = splat(1e4f);
+                const vf slope = (3 * cubic * two_u) * (limit < x2 ? limit : x2) + two_u;
+                const vf dx = load(grad + c, n) * (g.open + y * g.closed * slope);
+                store(activation + c, y, n);
+                store(grad + c, dx, n);
+                store(grad_bias + c, load(grad_bias + c, n) + dx, n);
+            });
+        }
+    }
+};
+
+}  // namespace
+}  // namespace diffit

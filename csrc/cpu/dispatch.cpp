@@ -1,0 +1,237 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace diffit {
+
+namespace generic {
+extern const InstructionSet instruction_set;
+}
+#if defined(DIFFIT_HAVE_AVX2)
+namespace avx2 {
+extern const InstructionSet instruction_set;
+}
+#endif
+#if defined(DIFFIT_HAVE_AVX512)
+namespace avx512 {
+extern const InstructionSet instruction_set;
+}
+#endif
+#if defined(DIFFIT_HAVE_AVX512_BF16)
+namespace avx512_bf16 {
+extern const InstructionSet instruction_set;
+}
+#endif
+#if defined(DIFFIT_HAVE_AMX)
+namespace amx {
+extern const InstructionSet instruction_set;
+}
+#endif
+
+namespace {
+
+#if defined(DIFFIT_HAVE_AMX)
+// Linux hands out the tile registers on request only.
+bool request_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+std::vector<const InstructionSet*> find_instruction_sets() {
+    std::vector<const InstructionSet*> found{&generic::instruction_set};
+#if defined(DIFFIT_HAVE_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        found.push_back(&avx2::instruction_set);
+#endif
+#if defined(DIFFIT_HAVE_AVX512)
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512) found.push_back(&avx512::instruction_set);
+#endif
+#if defined(DIFFIT_HAVE_AVX512_BF16)
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (bf16) found.push_back(&avx512_bf16::instruction_set);
+#endif
+#if defined(DIFFIT_HAVE_AMX)
+    if (bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+        request_tiles())
+        found.push_back(&amx::instruction_set);
+#endif
+    return found;
+}
+
+const std::vector<const InstructionSet*>& usable() {
+    static const std::vector<const InstructionSet*> found = find_instruction_sets();
+    return found;
+}
+
+const InstructionSet*& current() {
+    static const InstructionSet* chosen = usable().back();
+    return chosen;
+}
+
+// Grows, and is kept by its thread from call to call.
+class Scratch {
+public:
+    char* reserve(size_t bytes) {
+        if (bytes > size_) {
+            data_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+            size_ = data_ ? bytes : 0;
+            if (!data_) throw std::bad_alloc();
+        }
+        return data_.get();
+    }
+
+private:
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    std::unique_ptr<char, Free> data_;
+    size_t size_ = 0;
+};
+
+// Calls each(item, scratch) for every item, in any order, on up to `threads` threads.
+template <class Each>
+void for_each_item(const Kernels& kernels, int64_t items, size_t scratch_bytes, int threads,
+                   const Each& each) {
+    threads = static_cast<int>(std::min<int64_t>(threads, items));
+    bool failed = false;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        static thread_local Scratch scratch;
+        char* memory = nullptr;
+        try {
+            memory = scratch.reserve(scratch_bytes);
+        } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+            failed = true;
+        }
+        kernels.enter();
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < items; ++item)
+            if (memory || scratch_bytes == 0) each(item, memory);
+        kernels.leave();
+    }
+    if (failed) throw std::bad_alloc();
+}
+
+const Kernels& kernels(DType dtype) { return current()->kernels[static_cast<int>(dtype)]; }
+
+// Work is cut by the problem alone, so that results do not depend on the number of threads: about
+// 1024 tokens to an item, less where that leaves fewer than 64 items.
+void cut(WindowAttention& p) {
+    const int64_t wanted = std::max<int64_t>(1, 1024 / p.window_tokens());
+    p.chunk = std::clamp<int64_t>(p.windows() * p.heads / 64, 1, wanted);
+}
+
+// The bias as the kernels read it (see window_attention.h), in base 2; one row of zeros without a
+// table.
+std::vector<float> expand_bias(WindowAttention& p) {
+    const int64_t wh = p.window_height, ww = p.window_width, rows = 2 * wh - 1;
+    if (!p.table) {
+        p.bias_stride = 0;
+        return std::vector<float>(bias_slack, 0.0f);
+    }
+    p.bias_stride = ww * rows * ww;
+    std::vector<float> bias(p.heads * p.bias_stride + bias_slack, 0.0f);
+    for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t xj = 0; xj < ww; ++xj)
+            for (int64_t dy = 0; dy < rows; ++dy)
+                for (int64_t xi = 0; xi < ww; ++xi)
+                    bias[h * p.bias_stride + (xj * rows + dy) * ww + xi] =
+                        p.table[(dy * (2 * ww - 1) + xi - xj + ww - 1) * p.heads + h] * 1.44269504f;
+    return bias;
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const InstructionSet* set : usable()) names.push_back(set->name);
+    return names;
+}
+
+std::string instruction_set() { return current()->name; }
+
+void set_instruction_set(const std::string& name) {
+    for (const InstructionSet* set : usable()) {
+        if (name == set->name) {
+            current() = set;
+            return;
+        }
+    }
+    std::string names;
+    for (const std::string& known : instruction_sets()) names += " " + known;
+    throw std::invalid_argument("instruction set: expected one of" + names + ", got " + name);
+}
+
+void window_attention(WindowAttention p, int threads) {
+    const Kernels& k = kernels(p.dtype);
+    cut(p);
+    const std::vector<float> bias = expand_bias(p);
+    p.bias = bias.data();
+    for_each_item(k, p.items(), k.forward_scratch(p), threads,
+                  [&](int64_t item, char* scratch) { k.forward(p, item, scratch); });
+}
+
+void window_attention_backward(WindowAttention p, int threads) {
+    const Kernels& k = kernels(p.dtype);
+    cut(p);
+    const std::vector<float> bias = expand_bias(p);
+    p.bias = bias.data();
+    std::vector<float> part(p.grad_table ? p.items() * p.table_rows() : 0);
+    p.grad_table_part = part.data();
+    for_each_item(k, p.items(), k.backward_scratch(p), threads,
+                  [&](int64_t item, char* scratch) { k.backward(p, item, scratch); });
+    if (!p.grad_table) return;
+    const int64_t rows = p.table_rows();
+    for (int64_t h = 0; h < p.heads; ++h) {
+        for (int64_t r = 0; r < rows; ++r) {
+            float sum = 0;
+            for (int64_t c = 0; c < p.chunks(); ++c) sum += part[(c * p.heads + h) * rows + r];
+            p.grad_table[r * p.heads + h] = sum;
+        }
+    }
+}
+
+void bias_gelu(BiasGelu g, int threads) {
+    const Kernels& k = kernels(g.dtype);
+    g.chunk = std::max<int64_t>(1, 4096 / g.features);
+    for_each_item(k, g.chunks(), 0, threads, [&](int64_t item, char*) { k.bias_gelu(g, item); });
+}
+
+void bias_gelu_backward(BiasGelu g, int threads) {
+    const Kernels& k = kernels(g.dtype);
+    g.chunk = std::max<int64_t>(8, (g.rows + 63) / 64);
+    std::vector<float> part(g.chunks() * g.features);
+    g.grad_bias_part = part.data();
+    for_each_item(k, g.chunks(), 0, threads,
+                  [&](int64_t item, char*) { k.bias_gelu_backward(g, item); });
+    for (int64_t c = 1; c < g.chunks(); ++c)
+        for (int64_t f = 0; f < g.features; ++f) part[f] += part[c * g.features + f];
+    std::memcpy(g.grad_bias, part.data(), g.features * sizeof(float));
+}
+
+void token_sum(const TokenSum& t, int threads) {
+    const Kernels& k = kernels(t.dtype);
+    for_each_item(k, k.token_sum_items(t), 0, threads,
+                  [&](int64_t item, char*) { k.token_sum(t, item); });
+}
+
+}  // namespace diffit

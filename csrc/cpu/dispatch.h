@@ -1,0 +1,23 @@
+// Runs a problem on this processor: instruction set, memory, threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace diffit {
+
+// Names of the instruction sets that this build has and this processor runs, slowest first.
+std::vector<std::string> instruction_sets();
+// The one in use: the last of them, unless set.
+std::string instruction_set();
+void set_instruction_set(const std::string& name);
+
+void window_attention(WindowAttention problem, int threads);
+void window_attention_backward(WindowAttention problem, int threads);
+void bias_gelu(BiasGelu problem, int threads);
+void bias_gelu_backward(BiasGelu problem, int threads);
+void token_sum(const TokenSum& problem, int threads);
+
+}  // namespace diffit

@@ -1,0 +1,229 @@
+// Small matrix products C (+)= A B, on packed operands. An engine says how operands are stored:
+//   A  (m, k), rows contiguous
+//   B  (k / pair, n) groups of `pair` consecutive k: what the dot product instructions read
+//   C  (m, n) float
+// Dimensions are multiples of m_align, W (n) and k_align; packing pads with zeros.
+#pragma once
+
+#include "vec.h"
+
+namespace diffit {
+namespace {
+
+constexpr int round_up(int64_t n, int multiple) {
+    return static_cast<int>((n + multiple - 1) / multiple * multiple);
+}
+
+// Float operands and fused multiply-adds.
+struct FloatEngine {
+    using A = float;
+    using B = float;
+    static constexpr int pair = 1;
+    static constexpr int m_align = W == 16 ? 8 : 4;  // rows of the register tile
+    static constexpr int k_align = 1;
+    static constexpr int pad = W > m_align ? W : m_align;  // of packed dimensions
+
+    static void enter() {}
+    static void leave() {}
+
+    // Rows j and j + 1 of B.
+    template <int NV>
+    static void put_b(B* b, int ldb, int j, const vf (&x)[NV], const vf (&y)[NV]) {
+        put_a(b + j * ldb, x);
+        put_a(b + (j + 1) * ldb, y);
+    }
+    template <int NV>
+    static void put_a(A* a, const vf (&x)[NV]) {
+        for (int v = 0; v < NV; ++v) store(a + v * W, x[v]);
+    }
+
+    // B of a product that runs over the rows of A.
+    static const B* rows_as_b(const A* a, int, int, int, B*) { return a; }
+
+    template <int NV, bool accumulate>
+    static void tile(int K, const A* a, int lda, const B* b, int ldb, float* c, int ldc) {
+        vf acc[m_align][NV];
+        for (int i = 0; i < m_align; ++i)
+            for (int v = 0; v < NV; ++v)
+                acc[i][v] = accumulate ? load(c + i * ldc + v * W) : vf{};
+        for (int k = 0; k < K; ++k) {
+            vf x[NV];
+            for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
+            for (int i = 0; i < m_align; ++i) {
+                const vf y = splat(a[i * lda + k]);
+                for (int v = 0; v < NV; ++v) acc[i][v] += y * x[v];
+            }
+        }
+        for (int i = 0; i < m_align; ++i)
+            for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v]);
+    }
+
+    // Blocks of k keep that part of B in the first-level cache, and partial sums short.
+    template <bool accumulate>
+    static void gemm(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
+                     int ldc) {
+        constexpr int block = 256;
+        product<accumulate>(M, N, K < block ? K : block, a, lda, b, ldb, c, ldc);
+        for (int k = block; k < K; k += block)
+            product<true>(M, N, K - k < block ? K - k : block, a + k, lda, b + k * ldb, ldb, c,
+                          ldc);
+    }
+
+    template <bool accumulate>
+    static void product(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
+                        int ldc) {
+        int n = 0;
+        for (; n + 2 * W <= N; n += 2 * W)
+            for (int m = 0; m < M; m += m_align)
+                tile<2, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+        for (; n < N; n += W)
+            for (int m = 0; m < M; m += m_align)
+                tile<1, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+    }
+};
+
+#if defined(__AVX512BF16__)
+
+// bfloat16 operands in pairs, float sums: AVX512-BF16 dot products, or AMX tiles.
+struct Bfloat16Engine {
+    using A = uint16_t;
+    using B = uint32_t;
+    static constexpr int pair = 2;
+    static constexpr int m_align = 16;
+    static constexpr int k_align = 32;
+    static constexpr int pad = 32;
+
+    template <int NV>
+    static void put_b(B* b, int ldb, int j, const vf (&x)[NV], const vf (&y)[NV]) {
+        const __m512i order = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+            4, 19, 3, 18, 2, 17, 1, 16, 0);
+        for (int v = 0; v < NV; ++v) {
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y[v], (__m512)x[v]);
+            _mm512_storeu_si512(b + j / 2 * ldb + v * W, _mm512_permutexvar_epi16(order, both));
+        }
+    }
+    template <int NV>
+    static void put_a(A* a, const vf (&x)[NV]) {
+        for (int v = 0; v < NV; ++v) store(reinterpret_cast<bf16*>(a) + v * W, x[v]);
+    }
+
+    static const B* rows_as_b(const A* a, int lda, int rows, int columns, B* b) {
+        for (int r = 0; r < rows; r += 2) {
+            for (int c = 0; c < columns; c += W) {
+                const vu low = __builtin_convertvector(load_half(a + r * lda + c), vu);
+                const vu high = __builtin_convertvector(load_half(a + (r + 1) * lda + c), vu);
+                store(reinterpret_cast<float*>(b + r / 2 * lda + c), (vf)(low | (high << 16)));
+            }
+        }
+        return b;
+    }
+
+#if defined(__AMX_BF16__)
+
+    struct alignas(64) TileConfig {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static void enter() {
+        static constexpr TileConfig config;
+        _tile_loadconfig(&config);
+    }
+    static void leave() { _tile_release(); }
+
+    // TM x TN tiles of 16 x 16 sums.
+    template <int TM, int TN, bool accumulate>
+    static void tile(int K, const A* a, int lda, const B* b, int ldb, float* c, int ldc) {
+        const int a_bytes = lda * 2, b_bytes = ldb * 4, c_bytes = ldc * 4;
+        if (accumulate) {
+            _tile_loadd(0, c, c_bytes);
+            if (TN == 2) _tile_loadd(1, c + 16, c_bytes);
+            if (TM == 2) _tile_loadd(2, c + 16 * ldc, c_bytes);
+            if (TM == 2 && TN == 2) _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
+        } else {
+            _tile_zero(0);
+            if (TN == 2) _tile_zero(1);
+            if (TM == 2) _tile_zero(2);
+            if (TM == 2 && TN == 2) _tile_zero(3);
+        }
+        for (int k = 0; k < K; k += 32) {
+            _tile_loadd(4, a + k, a_bytes);
+            _tile_loadd(6, b + k / 2 * ldb, b_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            if (TN == 2) {
+                _tile_loadd(7, b + k / 2 * ldb + 16, b_bytes);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (TM == 2) {
+                _tile_loadd(5, a + 16 * lda + k, a_bytes);
+                _tile_dpbf16ps(2, 5, 6);
+            }
+            if (TM == 2 && TN == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, c, c_bytes);
+        if (TN == 2) _tile_stored(1, c + 16, c_bytes);
+        if (TM == 2) _tile_stored(2, c + 16 * ldc, c_bytes);
+        if (TM == 2 && TN == 2) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+    }
+
+    template <bool accumulate>
+    static void gemm(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
+                     int ldc) {
+        asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+        for (int n = 0; n < N; n += 32) {
+            for (int m = 0; m < M; m += 32) {
+                const bool tall = m + 32 <= M, wide = n + 32 <= N;
+                const auto run = tall ? (wide ? tile<2, 2, accumulate> : tile<2, 1, accumulate>)
+                                      : (wide ? tile<1, 2, accumulate> : tile<1, 1, accumulate>);
+                run(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+            }
+        }
+    }
+
+#else
+
+    static void enter() {}
+    static void leave() {}
+
+    template <int NV, bool accumulate>
+    static void tile(int K, const A* a, int lda, const B* b, int ldb, float* c, int ldc) {
+        constexpr int rows = 8;
+        __m512 acc[rows][NV];
+        for (int i = 0; i < rows; ++i)
+            for (int v = 0; v < NV; ++v)
+                acc[i][v] = accumulate ? _mm512_loadu_ps(c + i * ldc + v * W) : _mm512_setzero_ps();
+        for (int k = 0; k < K; k += 2) {
+            __m512bh x[NV];
+            for (int v = 0; v < NV; ++v)
+                x[v] = (__m512bh)_mm512_loadu_si512(b + k / 2 * ldb + v * W);
+            for (int i = 0; i < rows; ++i) {
+                int two;
+                std::memcpy(&two, a + i * lda + k, sizeof two);
+                const __m512bh y = (__m512bh)_mm512_set1_epi32(two);
+                for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], y, x[v]);
+            }
+        }
+        for (int i = 0; i < rows; ++i)
+            for (int v = 0; v < NV; ++v) _mm512_storeu_ps(c + i * ldc + v * W, acc[i][v]);
+    }
+
+    template <bool accumulate>
+    static void gemm(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
+                     int ldc) {
+        int n = 0;
+        for (; n + 2 * W <= N; n += 2 * W)
+            for (int m = 0; m < M; m += 8)
+                tile<2, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+        for (; n < N; n += W)
+            for (int m = 0; m < M; m += 8)
+                tile<1, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+    }
+
+#endif
+};
+
+#endif  // __AVX512BF16__
+
+}  // namespace
+}  // namespace diffit

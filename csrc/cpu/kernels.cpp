@@ -1,0 +1,48 @@
+// The kernels of one instruction set, DIFFIT_ISA. This file is compiled once for each; nothing in
+// it but the table may have external linkage, or the linker could mix them.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12: its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include "bias_gelu.h"
+#include "token_sum.h"
+#include "window_attention.h"
+
+namespace diffit {
+namespace {
+
+#if defined(__AVX512BF16__)
+using EngineOfBfloat16 = Bfloat16Engine;
+#else
+using EngineOfBfloat16 = FloatEngine;
+#endif
+
+template <class E, class T>
+constexpr Kernels kernels_of() {
+    return {E::enter,
+            E::leave,
+            Forward<E, T>::scratch,
+            Backward<E, T>::scratch,
+            Forward<E, T>::run,
+            Backward<E, T>::run,
+            BiasGeluKernel<T>::forward,
+            BiasGeluKernel<T>::backward,
+            TokenSumKernel<T>::items,
+            TokenSumKernel<T>::run};
+}
+
+}  // namespace
+
+#define DIFFIT_STRING_(x) #x
+#define DIFFIT_STRING(x) DIFFIT_STRING_(x)
+
+namespace DIFFIT_ISA {
+extern const InstructionSet instruction_set;
+const InstructionSet instruction_set = {DIFFIT_STRING(DIFFIT_ISA),
+                                        {kernels_of<FloatEngine, float>(),
+                                         kernels_of<EngineOfBfloat16, bf16>(),
+                                         kernels_of<FloatEngine, fp16>()}};
+}  // namespace DIFFIT_ISA
+
+}  // namespace diffit

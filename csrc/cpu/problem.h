@@ -1,0 +1,93 @@
+// What the CPU kernels are asked to do: plain data, shared by all instruction sets.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace diffit {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// Windowed attention with a relative position bias; see diffit_kernels/reference.
+struct WindowAttention {
+    int64_t batch, height, width, window_height, window_width, heads, head_dim;
+    DType dtype;
+    float scale;
+
+    const void* qkv;  // (B, L, 3C), last stride 1, other strides in elements
+    int64_t qkv_stride_batch, qkv_stride_token;
+    const float* table;  // ((2 wh - 1)(2 ww - 1), heads) or null
+    const void* q_row;   // (B, C) or null
+    const void* v_row;   // (B, C) or null
+
+    void* out;   // (B, L, C)
+    float* lse;  // (B, heads, L)
+
+    const void* grad_out;  // (B, L, C), last stride 1
+    int64_t grad_out_stride_batch, grad_out_stride_token;
+    void* grad_qkv;     // (B, L, 3C)
+    float* grad_table;  // as table, or null
+
+    // Filled in by the dispatcher.
+    const float* bias;       // expanded bias, see expand_bias
+    int64_t bias_stride;     // from head to head
+    float* grad_table_part;  // (chunks, heads, table rows), or null
+    int64_t chunk;           // windows in one item of work
+
+    int64_t tokens() const { return height * width; }
+    int64_t dim() const { return heads * head_dim; }
+    int64_t window_tokens() const { return window_height * window_width; }
+    int64_t windows() const { return batch * (tokens() / window_tokens()); }
+    int64_t chunks() const { return (windows() + chunk - 1) / chunk; }
+    int64_t table_rows() const { return (2 * window_height - 1) * (2 * window_width - 1); }
+    // One item of work: a head of a chunk of windows. Heads vary fastest.
+    int64_t items() const { return chunks() * heads; }
+};
+
+// gelu(hidden + bias) over (rows, features), and its gradient.
+struct BiasGelu {
+    int64_t rows, features;
+    DType dtype;
+    const void* hidden;  // (rows, features)
+    const void* bias;    // (features,)
+    void* activation;    // (rows, features); in the forward pass may be hidden itself
+    void* grad;          // (rows, features): in, gradient of activation; out, of hidden
+    float* grad_bias;     // (features,)
+
+    float* grad_bias_part;  // (chunks, features)
+    int64_t chunk;          // rows in one item of work
+    int64_t chunks() const { return (rows + chunk - 1) / chunk; }
+};
+
+// out (B, columns) = sum over tokens of x (B, tokens, columns), last stride 1.
+struct TokenSum {
+    int64_t batch, tokens, columns;
+    DType dtype;
+    const void* x;
+    int64_t stride_batch, stride_token;
+    void* out;
+};
+
+// The kernels of one instruction set and dtype. A thread calls enter, any number of kernels, leave.
+struct Kernels {
+    void (*enter)();
+    void (*leave)();
+    size_t (*forward_scratch)(const WindowAttention&);  // bytes, 64-byte aligned
+    size_t (*backward_scratch)(const WindowAttention&);
+    void (*forward)(const WindowAttention&, int64_t item, char* scratch);
+    void (*backward)(const WindowAttention&, int64_t item, char* scratch);
+    void (*bias_gelu)(const BiasGelu&, int64_t item);
+    void (*bias_gelu_backward)(const BiasGelu&, int64_t item);
+    int64_t (*token_sum_items)(const TokenSum&);
+    void (*token_sum)(const TokenSum&, int64_t item);
+};
+
+struct InstructionSet {
+    const char* name;
+    Kernels kernels[3];  // by DType
+};
+
+// Lanes that a kernel may read or write past the end of the expanded bias.
+constexpr int64_t bias_slack = 64;
+
+}  // namespace diffit

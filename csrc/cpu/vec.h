@@ -1,0 +1,214 @@
+// One vector of floats of the instruction set this file is compiled for, and what is done with it.
+// GCC's vector extension keeps the kernels in one source for SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace diffit {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef double vd __attribute__((vector_size(W * 8)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+
+inline vf splat(float x) { return vf{} + x; }
+inline vi as_int(vf x) { return (vi)x; }
+inline vf as_float(vi x) { return (vf)x; }
+
+inline vf load(const float* p) {
+    vf x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+
+inline vh load_half(const void* p) {
+    vh x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+// a where it is larger, else b; b where either is NaN.
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_half(p), vu) << 16); }
+
+inline void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(p, &h, sizeof h);
+#else
+    const vu u = (vu)x;
+    const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const vu nan = (vu)(x != x);
+    const vh h = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), vh);
+    std::memcpy(p, &h, sizeof h);
+#endif
+}
+
+inline vf load(const fp16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)load_half(p));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps((__m128i)load_half(p));
+#else
+    const vu h = __builtin_convertvector(load_half(p), vu);
+    const vu magnitude = h & 0x7fff;
+    const vf x = (vf)(magnitude << 13) * 0x1p112f;  // right for subnormal numbers too
+    const vu special = (vu)(magnitude >= 0x7c00) & 0x7f800000u;
+    return (vf)((vu)x | special | ((h & 0x8000) << 16));
+#endif
+}
+
+inline void store(fp16* p, vf x) {
+#if defined(__AVX512F__)
+    const __m256i h = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &h, sizeof h);
+#elif defined(__F16C__)
+    const __m128i h = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &h, sizeof h);
+#else
+    const vu magnitude = (vu)x & 0x7fffffffu;
+    // Below 2^-14, adding 0.5 aligns the mantissa with that of a subnormal number and rounds.
+    const vu small = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;
+    const vu normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    const vu is_small = (vu)((vf)magnitude < 0x1p-14f), is_nan = (vu)(x != x);
+    const vu is_large = (vu)((vf)magnitude >= 65520.0f);
+    vu h = (small & is_small) | (normal & ~is_small);
+    h = (h & ~(is_large | is_nan)) | (0x7c00 & is_large) | (0x7e00 & is_nan);
+    const vh bits = __builtin_convertvector(h | (((vu)x >> 16) & 0x8000), vh);
+    std::memcpy(p, &bits, sizeof bits);
+#endif
+}
+
+// The first n <= W elements; the other lanes are 0.
+template <class T>
+inline vf load(const T* p, int n) {
+    if (n == W) return load(p);
+    T lanes[W] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    return load(lanes);
+}
+template <class T>
+inline void store(T* p, vf x, int n) {
+    if (n == W) return store(p, x);
+    T lanes[W];
+    store(lanes, x);
+    std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// 2^x for x <= 128, relative error below 2e-7; 2^-125 for anything smaller; NaN stays NaN.
+inline vf exp2(vf x) {
+    x = max(splat(-125.0f), x);
+    const vf magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+    const vf shifted = x + magic;
+    const vf r = x - (shifted - magic);
+    // Minimax polynomial of 2^r on [-1/2, 1/2].
+    vf p = splat(1.5345812e-4f);
+    p = p * r + 1.3399931e-3f;
+    p = p * r + 9.6184891e-3f;
+    p = p * r + 5.5503286e-2f;
+    p = p * r + 2.4022646e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+    return as_float(as_int(p) + (as_int(shifted) << 23));
+}
+
+// log2(x) for a normal x > 0; NaN stays NaN.
+inline vf log2(vf x) {
+    // x = 2^e (1 + m) with 1 + m in [sqrt(1/2), sqrt(2)).
+    const vi bits = as_int(x) - 0x3f3504f3;
+    const vf e = __builtin_convertvector(bits >> 23, vf);
+    const vf m = as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    // log(1 + m) = 2 atanh(s), s = m / (2 + m), as a series in s^2 <= 0.0295.
+    const vf s = m / (m + 2.0f), s2 = s * s;
+    vf p = splat(2.0f / 9);
+    p = p * s2 + 2.0f / 7;
+    p = p * s2 + 2.0f / 5;
+    p = p * s2 + 2.0f / 3;
+    p = p * s2 + 2.0f;
+    const vf y = p * s * 1.44269504f + e;
+    return x != x ? x : y;
+}
+
+// 1 / x to about 1 ulp, for normal x.
+inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+    const vf y = (vf)_mm512_rcp14_ps((__m512)x);
+    return y + y * (1.0f - x * y);
+#else
+    return 1.0f / x;
+#endif
+}
+
+#if defined(__AVX512F__)
+#define DIFFIT_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define DIFFIT_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define DIFFIT_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define DIFFIT_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define DIFFIT_LOW 0, 4, 1, 5
+#define DIFFIT_HIGH 2, 6, 3, 7
+#endif
+
+#if defined(__clang__)
+#define DIFFIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DIFFIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+// dst[c][r] = src[r][c] for 32-bit elements; rows and columns are multiples of W.
+inline void transpose(const void* src, int64_t src_stride, void* dst, int64_t dst_stride, int rows,
+                      int columns) {
+    const float* in = static_cast<const float*>(src);
+    float* out = static_cast<float*>(dst);
+    for (int r = 0; r < rows; r += W) {
+        for (int c = 0; c < columns; c += W) {
+            vf x[W], y[W];
+            for (int i = 0; i < W; ++i) x[i] = load(in + (r + i) * src_stride + c);
+            // log2(W) rounds of interleaving rows i and i + W / 2.
+            for (int width = 1; width < W; width *= 2) {
+                for (int i = 0; i < W / 2; ++i) {
+                    y[2 * i] = DIFFIT_SHUFFLE(x[i], x[i + W / 2], DIFFIT_LOW);
+                    y[2 * i + 1] = DIFFIT_SHUFFLE(x[i], x[i + W / 2], DIFFIT_HIGH);
+                }
+                for (int i = 0; i < W; ++i) x[i] = y[i];
+            }
+            for (int i = 0; i < W; ++i) store(out + (c + i) * dst_stride + r, x[i]);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace diffit

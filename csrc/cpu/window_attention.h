@@ -1,0 +1,452 @@
+// Forward and backward of windowed attention with a relative position bias, for one head of a
+// chunk of windows.
+//
+// Everything is computed transposed: logits S^T (keys, queries), a block of queries in the lanes
+// of a vector, so that softmax and delta need no horizontal sums. Logits are in base
+// 2: log2(e) is folded into q and into the bias.
+//
+// The bias is expanded once per call so that a row of S^T reads it contiguously. For one column
+// xj of keys, with dy = yi - yj,
+//     bias[xj][(dy + wh - 1) ww + xi] = table[(dy + wh - 1)(2 ww - 1) + xi - xj + ww - 1]
+// and the row of key (yj, xj) is bias[xj] + (wh - 1 - yj) ww, for queries 0 .. M - 1 in order. The
+// gradient of the table is summed in the same layout, with vectors, and folded once per item: no
+// scatter, no atomics.
+#pragma once
+
+#include <cmath>
+
+#include "gemm.h"
+#include "problem.h"
+
+namespace diffit {
+namespace {
+
+constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
+constexpr int NQ = 2 * W;  // queries in a block
+
+// Takes pieces off a block of scratch memory.
+struct Arena {
+    uintptr_t base;
+    size_t used = 0;
+    explicit Arena(char* scratch) : base(reinterpret_cast<uintptr_t>(scratch)) {}
+    template <class T>
+    T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(base + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+template <class E>
+struct Sizes {
+    int M, d, ww;
+    int m_rows, m_k, m_pad;  // window tokens as rows of A, as k, and as packed
+    int d_rows, d_k, d_pad;  // head width likewise
+    int q_k = round_up(NQ, E::k_align);
+
+    explicit Sizes(const WindowAttention& p)
+        : M(p.window_tokens()), d(p.head_dim), ww(p.window_width),
+          m_rows(round_up(M, E::m_align)), m_k(round_up(M, E::k_align)),
+          m_pad(round_up(M, E::pad)), d_rows(round_up(d, E::m_align)),
+          d_k(round_up(d, E::k_align)), d_pad(round_up(d, E::pad)) {}
+};
+
+// Where the tokens of a window lie in its sample, and their keys' rows in the expanded bias.
+struct Layout {
+    int64_t* token;
+    int32_t* bias;
+
+    Layout(Arena& arena, const WindowAttention& p)
+        : token(arena.take<int64_t>(p.window_tokens())),
+          bias(arena.take<int32_t>(p.window_tokens())) {}
+
+    void fill(const WindowAttention& p) const {
+        const int64_t ww = p.window_width, wh = p.window_height;
+        const bool biased = p.table != nullptr;
+        for (int64_t y = 0, i = 0; y < wh; ++y) {
+            for (int64_t x = 0; x < ww; ++x, ++i) {
+                token[i] = y * p.width + x;
+                bias[i] = biased ? static_cast<int32_t>(x * (2 * wh - 1) * ww + (wh - 1 - y) * ww)
+                                 : 0;
+            }
+        }
+    }
+};
+
+inline int64_t first_token(const WindowAttention& p, int64_t window) {
+    const int64_t columns = p.width / p.window_width;
+    return window / columns * p.window_height * p.width + window % columns * p.window_width;
+}
+
+// out[c] = scale * (x[c] + add[c]) for c < d.
+template <class T, class U>
+inline void convert_row(U* out, const T* x, const float* add, float scale, int d) {
+    int c = 0;
+    for (; c + W <= d; c += W) {
+        vf v = load(x + c);
+        if (add) v += load(add + c);
+        store(out + c, v * scale);
+    }
+    if (c < d) {
+        vf v = load(x + c, d - c);
+        if (add) v += load(add + c);
+        store(out + c, v * scale, d - c);
+    }
+}
+template <class T, class U>
+inline void copy_row(U* out, const T* x, int d) {
+    convert_row(out, x, nullptr, 1.0f, d);
+}
+inline void copy_row(bf16* out, const bf16* x, int d) { std::memcpy(out, x, d * sizeof(bf16)); }
+
+inline float* packed(float* a) { return a; }
+inline bf16* packed(uint16_t* a) { return reinterpret_cast<bf16*>(a); }
+
+// Rows of A from tokens.
+template <class E, class T>
+inline void pack(typename E::A* a, int lda, const T* x, int64_t stride, const int64_t* token,
+                 int rows, int d) {
+    for (int r = 0; r < rows; ++r)
+        copy_row(packed(a + r * lda), x + token[r] * stride, d);
+}
+
+// a^T as B: k over the columns of a.
+template <class E>
+inline void columns_as_b(const typename E::A* a, int lda, int rows, int columns,
+                         typename E::B* b, int ldb) {
+    transpose(a, lda / E::pair, b, ldb, rows, round_up(columns / E::pair, W));
+}
+
+// a^T as A: k over the rows of a. `spare` holds as much as a.
+template <class E>
+inline void columns_as_a(const typename E::A* a, int lda, int rows, int columns,
+                         typename E::A* out, int ldo, typename E::B* spare) {
+    const typename E::B* b = E::rows_as_b(a, lda, rows, columns, spare);
+    transpose(b, lda, out, ldo / E::pair, rows / E::pair, columns);
+}
+
+// Row of a sample, as floats; zeros where there is none.
+template <class T>
+inline void load_row(float* out, const void* row, int64_t offset, int d) {
+    if (row) {
+        copy_row(out, static_cast<const T*>(row) + offset, d);
+    } else {
+        std::memset(out, 0, d * sizeof(float));
+    }
+}
+
+// Operands that do not depend on the block of queries, and the block's queries.
+template <class E>
+struct Operands {
+    using A = typename E::A;
+    using B = typename E::B;
+    Layout layout;
+    A *keys, *values, *queries;
+    B *queries_t, *spare;
+    float *q_row, *logits, *result, *transposed;
+
+    Operands(Arena& arena, const WindowAttention& p, const Sizes<E>& s) : layout(arena, p) {
+        keys = arena.take<A>(int64_t(s.m_pad) * s.d_pad);
+        values = arena.take<A>(int64_t(s.m_pad) * s.d_pad);
+        queries = arena.take<A>(round_up(NQ, E::pad) * s.d_pad);
+        queries_t = arena.take<B>(round_up(s.d_pad, W * E::pair) * NQ);
+        spare = arena.take<B>(int64_t(s.m_pad > NQ ? s.m_pad : NQ) * s.d_pad);
+        q_row = arena.take<float>(s.d_pad + W);
+        logits = arena.take<float>(int64_t(s.m_pad) * NQ);
+        result = arena.take<float>(int64_t(s.d_pad) * NQ);
+        transposed = arena.take<float>(int64_t(s.d_pad) * NQ);
+    }
+
+    // queries and queries_t of `count` queries from `first`, in base 2.
+    template <class T>
+    void pack_queries(const WindowAttention& p, const Sizes<E>& s, const T* q,
+                      const int64_t* token, int count) const {
+        for (int r = 0; r < count; ++r)
+            convert_row(packed(queries + r * s.d_pad), q + token[r] * p.qkv_stride_token, q_row,
+                           p.scale * log2_e, s.d);
+        std::memset(queries + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
+        columns_as_b<E>(queries, s.d_pad, NQ, s.d_k, queries_t, NQ);
+    }
+};
+
+// logits += bias; returns their maximum over the keys.
+template <class E, int NV>
+inline void add_bias(const Sizes<E>& s, float* logits, const float* bias, const int32_t* row,
+                     vf (&top)[NV]) {
+    for (int v = 0; v < NV; ++v) top[v] = splat(-INFINITY);
+    for (int j = 0; j < s.M; ++j) {
+        for (int v = 0; v < NV; ++v) {
+            const vf x = load(logits + j * NQ + v * W) + load(bias + row[j] + v * W);
+            store(logits + j * NQ + v * W, x);
+            top[v] = max(top[v], x);
+        }
+    }
+}
+
+// Keys whose terms are summed on their own before they join a sum: keeps rounding errors small.
+constexpr int sum_block = 32;
+
+// p = exp2(logits + bias - top) as B, with the maximum and the sum over the keys.
+template <class E, int NV>
+inline void softmax(const Sizes<E>& s, float* logits, const float* bias, const int32_t* row,
+                    typename E::B* p, vf (&top)[2], vf (&sum)[2]) {
+    vf m[NV], l[NV] = {}, x[NV], y[NV];
+    add_bias<E, NV>(s, logits, bias, row, m);
+    for (int first = 0; first < s.M; first += sum_block) {
+        vf part[NV] = {};
+        for (int j = first; j < s.M && j < first + sum_block; j += 2) {
+            const bool last = j + 1 == s.M;
+            for (int v = 0; v < NV; ++v) {
+                x[v] = exp2(load(logits + j * NQ + v * W) - m[v]);
+                y[v] = last ? vf{} : exp2(load(logits + (j + 1) * NQ + v * W) - m[v]);
+                part[v] += x[v] + y[v];
+            }
+            E::put_b(p, NQ, j, x, y);
+        }
+        for (int v = 0; v < NV; ++v) l[v] += part[v];
+    }
+    for (int v = 0; v < NV; ++v) {
+        top[v] = m[v];
+        sum[v] = l[v];
+    }
+}
+
+template <class E, class T>
+struct Forward {
+    Arena arena;
+    Sizes<E> s;
+    Operands<E> o;
+    typename E::A* values_t;
+    typename E::B* probabilities;
+    float* v_row;
+
+    Forward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
+        values_t = arena.take<typename E::A>(int64_t(s.d_pad) * s.m_pad);
+        probabilities = arena.take<typename E::B>(int64_t(s.m_pad) * NQ);
+        v_row = arena.take<float>(s.d_pad + W);
+    }
+
+    static size_t scratch(const WindowAttention& p) { return Forward(p, nullptr).arena.used; }
+
+    static void run(const WindowAttention& p, int64_t item, char* scratch) {
+        Forward f(p, scratch);
+        std::memset(scratch, 0, f.arena.used);
+        f.o.layout.fill(p);
+        const int64_t head = item % p.heads, first = item / p.heads * p.chunk;
+        const int64_t per_sample = p.windows() / p.batch;
+        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w)
+            f.window(p, w / per_sample, first_token(p, w % per_sample), head);
+    }
+
+    void window(const WindowAttention& p, int64_t sample, int64_t token, int64_t head) {
+        const int64_t stride = p.qkv_stride_token, column = head * s.d;
+        const T* q = static_cast<const T*>(p.qkv) + sample * p.qkv_stride_batch + token * stride +
+                     column;
+        T* out = static_cast<T*>(p.out) + (sample * p.tokens() + token) * p.dim() + column;
+        float* lse = p.lse + (sample * p.heads + head) * p.tokens() + token;
+        const int64_t* tokens = o.layout.token;
+        pack<E>(o.keys, s.d_pad, q + p.dim(), stride, tokens, s.M, s.d);
+        pack<E>(o.values, s.d_pad, q + 2 * p.dim(), stride, tokens, s.M, s.d);
+        columns_as_a<E>(o.values, s.d_pad, s.m_pad, s.d_pad, values_t, s.m_pad, o.spare);
+        load_row<T>(o.q_row, p.q_row, sample * p.dim() + column, s.d);
+        load_row<T>(v_row, p.v_row, sample * p.dim() + column, s.d);
+
+        for (int first = 0; first < s.M; first += NQ) {
+            const int count = s.M - first < NQ ? s.M - first : NQ;
+            const int lanes = round_up(count, W);
+            const float* bias = p.bias + head * p.bias_stride + (p.table ? first : 0);
+            o.template pack_queries<T>(p, s, q, tokens + first, count);
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.keys, s.d_pad, o.queries_t, NQ,
+                                    o.logits, NQ);
+            vf top[2], sum[2];
+            (lanes == NQ ? softmax<E, 2> : softmax<E, 1>)(s, o.logits, bias, o.layout.bias,
+                                                          probabilities, top, sum);
+            E::template gemm<false>(s.d_rows, lanes, s.m_k, values_t, s.m_pad, probabilities, NQ,
+                                    o.result, NQ);
+            for (int v = 0; v < lanes / W; ++v) {
+                float lanes_of[W];
+                store(lanes_of, (top[v] + log2(sum[v])) * ln_2);
+                for (int i = 0; i < W && v * W + i < count; ++i)
+                    lse[tokens[first + v * W + i]] = lanes_of[i];
+                const vf inverse = reciprocal(sum[v]);
+                for (int c = 0; c < s.d; ++c) {
+                    float* x = o.result + c * NQ + v * W;
+                    store(x, load(x) * inverse);
+                }
+            }
+            transpose(o.result, NQ, o.transposed, s.d_pad, round_up(s.d, W), lanes);
+            for (int r = 0; r < count; ++r)
+                convert_row(out + tokens[first + r] * p.dim(),
+                                      o.transposed + r * s.d_pad, v_row, 1.0f, s.d);
+        }
+    }
+};
+
+template <class E, class T>
+struct Backward {
+    using A = typename E::A;
+    using B = typename E::B;
+    Arena arena;
+    Sizes<E> s;
+    Operands<E> o;
+    A *keys_t, *grads, *probabilities, *grad_logits;
+    B *grads_t, *grads_b, *queries_b, *grad_logits_b;
+    float *grad_probabilities, *grad_keys, *grad_values, *grad_bias;
+    int64_t bias_size;
+
+    Backward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
+        const int64_t window = int64_t(s.m_pad) * s.d_pad, block = round_up(NQ, E::pad) * s.d_pad;
+        keys_t = arena.take<A>(window);
+        grads = arena.take<A>(block);
+        grads_t = arena.take<B>(round_up(s.d_pad, W * E::pair) * NQ);
+        grads_b = arena.take<B>(block);
+        queries_b = arena.take<B>(block);
+        probabilities = arena.take<A>(int64_t(s.m_pad) * NQ);
+        grad_logits = arena.take<A>(int64_t(s.m_pad) * NQ);
+        grad_logits_b = arena.take<B>(int64_t(s.m_pad) * NQ);
+        grad_probabilities = arena.take<float>(int64_t(s.m_pad) * NQ);
+        grad_keys = arena.take<float>(window);
+        grad_values = arena.take<float>(window);
+        bias_size = (p.table ? s.ww * (2 * p.window_height - 1) * s.ww : s.M) + bias_slack;
+        grad_bias = arena.take<float>(bias_size);
+    }
+
+    static size_t scratch(const WindowAttention& p) { return Backward(p, nullptr).arena.used; }
+
+    static void run(const WindowAttention& p, int64_t item, char* scratch) {
+        Backward b(p, scratch);
+        std::memset(scratch, 0, b.arena.used);
+        b.o.layout.fill(p);
+        const int64_t head = item % p.heads, chunk = item / p.heads, first = chunk * p.chunk;
+        const int64_t per_sample = p.windows() / p.batch;
+        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w)
+            b.window(p, w / per_sample, first_token(p, w % per_sample), head);
+        if (p.grad_table)
+            b.fold_bias(p, p.grad_table_part + (chunk * p.heads + head) * p.table_rows());
+    }
+
+    void window(const WindowAttention& p, int64_t sample, int64_t token, int64_t head) {
+        const int64_t stride = p.qkv_stride_token, column = head * s.d, dim = p.dim();
+        const T* q = static_cast<const T*>(p.qkv) + sample * p.qkv_stride_batch + token * stride +
+                     column;
+        const T* grad_out = static_cast<const T*>(p.grad_out) +
+                            sample * p.grad_out_stride_batch + token * p.grad_out_stride_token +
+                            column;
+        T* grad_q = static_cast<T*>(p.grad_qkv) + (sample * p.tokens() + token) * 3 * dim + column;
+        const int64_t* tokens = o.layout.token;
+        const int columns = round_up(s.d, W);
+        pack<E>(o.keys, s.d_pad, q + dim, stride, tokens, s.M, s.d);
+        pack<E>(o.values, s.d_pad, q + 2 * dim, stride, tokens, s.M, s.d);
+        columns_as_a<E>(o.keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, o.spare);
+        load_row<T>(o.q_row, p.q_row, sample * dim + column, s.d);
+        std::memset(grad_keys, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
+        std::memset(grad_values, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
+
+        for (int first = 0; first < s.M; first += NQ) {
+            const int count = s.M - first < NQ ? s.M - first : NQ;
+            const int lanes = round_up(count, W);
+            o.template pack_queries<T>(p, s, q, tokens + first, count);
+            pack<E>(grads, s.d_pad, grad_out, p.grad_out_stride_token, tokens + first, count, s.d);
+            std::memset(grads + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
+            columns_as_b<E>(grads, s.d_pad, NQ, s.d_k, grads_t, NQ);
+
+            // S^T = K Q^T, dP^T = V dO^T
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.keys, s.d_pad, o.queries_t, NQ,
+                                    o.logits, NQ);
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.values, s.d_pad, grads_t, NQ,
+                                    grad_probabilities, NQ);
+            const int64_t shift = p.table ? first : 0;
+            const float* bias = p.bias + head * p.bias_stride + shift;
+            if (lanes == NQ) {
+                grad_softmax<2>(bias, grad_bias + shift);
+            } else {
+                grad_softmax<1>(bias, grad_bias + shift);
+            }
+
+            // dV += P^T dO, dK += dS^T Q
+            const B* grads_rows = E::rows_as_b(grads, s.d_pad, s.q_k, columns, grads_b);
+            const B* queries_rows = E::rows_as_b(o.queries, s.d_pad, s.q_k, columns, queries_b);
+            E::template gemm<true>(s.m_rows, columns, s.q_k, probabilities, NQ, grads_rows,
+                                   s.d_pad, grad_values, s.d_pad);
+            E::template gemm<true>(s.m_rows, columns, s.q_k, grad_logits, NQ, queries_rows,
+                                   s.d_pad, grad_keys, s.d_pad);
+
+            // dQ^T = K^T dS^T
+            E::template gemm<false>(s.d_rows, lanes, s.m_k, keys_t, s.m_pad, grad_logits_b, NQ,
+                                    o.result, NQ);
+            transpose(o.result, NQ, o.transposed, s.d_pad, columns, lanes);
+            for (int r = 0; r < count; ++r)
+                convert_row(grad_q + tokens[first + r] * 3 * dim,
+                                      o.transposed + r * s.d_pad, nullptr, p.scale, s.d);
+        }
+        for (int j = 0; j < s.M; ++j) {
+            T* grad = grad_q + tokens[j] * 3 * dim;
+            // The packed queries hold the factors scale and log2(e).
+            convert_row(grad + dim, grad_keys + j * s.d_pad, nullptr, ln_2, s.d);
+            convert_row(grad + 2 * dim, grad_values + j * s.d_pad, nullptr, 1.0f, s.d);
+        }
+    }
+
+    // P = softmax(S), delta = sum over keys of P dP, dS = P (dP - delta). The softmax is computed
+    // again rather than from the log-sum-exp, whose rounding would scale whole rows of P.
+    template <int NV>
+    void grad_softmax(const float* bias, float* grad_bias_row) const {
+        const int32_t* row = o.layout.bias;
+        vf top[NV], sum[NV] = {}, delta[NV] = {}, x[NV], y[NV];
+        add_bias<E, NV>(s, o.logits, bias, row, top);
+        for (int first = 0; first < s.M; first += sum_block) {
+            vf sum_part[NV] = {}, delta_part[NV] = {};
+            for (int j = first; j < s.M && j < first + sum_block; ++j) {
+                for (int v = 0; v < NV; ++v) {
+                    const int i = j * NQ + v * W;
+                    const vf e = exp2(load(o.logits + i) - top[v]);
+                    sum_part[v] += e;
+                    delta_part[v] += e * load(grad_probabilities + i);
+                    store(o.logits + i, e);
+                }
+            }
+            for (int v = 0; v < NV; ++v) {
+                sum[v] += sum_part[v];
+                delta[v] += delta_part[v];
+            }
+        }
+        for (int v = 0; v < NV; ++v) {
+            sum[v] = 1.0f / sum[v];
+            delta[v] *= sum[v];
+        }
+        const auto grad_row = [&](int j, vf(&out)[NV]) {
+            vf probability[NV];
+            for (int v = 0; v < NV; ++v) {
+                const int i = j * NQ + v * W;
+                probability[v] = load(o.logits + i) * sum[v];
+                out[v] = probability[v] * (load(grad_probabilities + i) - delta[v]);
+                float* total = grad_bias_row + row[j] + v * W;
+                store(total, load(total) + out[v]);
+            }
+            E::put_a(probabilities + j * NQ, probability);
+            E::put_a(grad_logits + j * NQ, out);
+        };
+        for (int j = 0; j < s.M; j += 2) {
+            grad_row(j, x);
+            if (j + 1 < s.M) {
+                grad_row(j + 1, y);
+            } else {
+                for (int v = 0; v < NV; ++v) y[v] = vf{};
+            }
+            E::put_b(grad_logits_b, NQ, j, x, y);
+        }
+    }
+
+    void fold_bias(const WindowAttention& p, float* table) const {
+        const int64_t ww = s.ww, rows = 2 * p.window_height - 1;
+        std::memset(table, 0, p.table_rows() * sizeof(float));
+        for (int64_t xj = 0; xj < ww; ++xj)
+            for (int64_t dy = 0; dy < rows; ++dy)
+                for (int64_t xi = 0; xi < ww; ++xi)
+                    table[dy * (2 * ww - 1) + xi - xj + ww - 1] +=
+                        grad_bias[(xj * rows + dy) * ww + xi];
+    }
+};
+
+}  // namespace
+}  // namespace diffit
