@@ -19,9 +19,10 @@ struct FloatEngine {
     using A = float;
     using B = float;
     static constexpr int pair = 1;
-    static constexpr int m_align = W == 16 ? 8 : 4;  // rows of the register tile
+    static constexpr int vectors = W == 16 ? 4 : 2;  // the widest register tile
+    static constexpr int m_align = 8;
     static constexpr int k_align = 1;
-    static constexpr int pad = W > m_align ? W : m_align;  // of packed dimensions
+    static constexpr int pad = W > 8 ? W : 8;  // of packed dimensions
 
     static void enter() {}
     static void leave() {}
@@ -40,21 +41,26 @@ struct FloatEngine {
     // B of a product that runs over the rows of A.
     static const B* rows_as_b(const A* a, int, int, int, B*) { return a; }
 
+    // Rows of a tile: sums fill about half of the registers, and hide the latency of an addition.
+    template <int NV>
+    static constexpr int rows = NV > vectors / 2 ? 4 : 8;
+
     template <int NV, bool accumulate>
     static void tile(int K, const A* a, int lda, const B* b, int ldb, float* c, int ldc) {
-        vf acc[m_align][NV];
-        for (int i = 0; i < m_align; ++i)
+        constexpr int MR = rows<NV>;
+        vf acc[MR][NV];
+        for (int i = 0; i < MR; ++i)
             for (int v = 0; v < NV; ++v)
                 acc[i][v] = accumulate ? load(c + i * ldc + v * W) : vf{};
         for (int k = 0; k < K; ++k) {
             vf x[NV];
             for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
-            for (int i = 0; i < m_align; ++i) {
+            for (int i = 0; i < MR; ++i) {
                 const vf y = splat(a[i * lda + k]);
                 for (int v = 0; v < NV; ++v) acc[i][v] += y * x[v];
             }
         }
-        for (int i = 0; i < m_align; ++i)
+        for (int i = 0; i < MR; ++i)
             for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v]);
     }
 
@@ -62,7 +68,7 @@ struct FloatEngine {
     template <bool accumulate>
     static void gemm(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
                      int ldc) {
-        constexpr int block = 256;
+        constexpr int block = 128;
         product<accumulate>(M, N, K < block ? K : block, a, lda, b, ldb, c, ldc);
         for (int k = block; k < K; k += block)
             product<true>(M, N, K - k < block ? K - k : block, a + k, lda, b + k * ldb, ldb, c,
@@ -72,13 +78,17 @@ struct FloatEngine {
     template <bool accumulate>
     static void product(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
                         int ldc) {
-        int n = 0;
-        for (; n + 2 * W <= N; n += 2 * W)
-            for (int m = 0; m < M; m += m_align)
-                tile<2, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
-        for (; n < N; n += W)
-            for (int m = 0; m < M; m += m_align)
-                tile<1, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+        columns<vectors, accumulate>(0, M, N, K, a, lda, b, ldb, c, ldc);
+    }
+
+    // Columns n and on, in tiles of NV vectors and then of fewer.
+    template <int NV, bool accumulate>
+    static void columns(int n, int M, int N, int K, const A* a, int lda, const B* b, int ldb,
+                        float* c, int ldc) {
+        for (; n + NV * W <= N; n += NV * W)
+            for (int m = 0; m < M; m += rows<NV>)
+                tile<NV, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+        if constexpr (NV > 1) columns<NV - 1, accumulate>(n, M, N, K, a, lda, b, ldb, c, ldc);
     }
 };
 
@@ -89,6 +99,7 @@ struct Bfloat16Engine {
     using A = uint16_t;
     using B = uint32_t;
     static constexpr int pair = 2;
+    static constexpr int vectors = 2;
     static constexpr int m_align = 16;
     static constexpr int k_align = 32;
     static constexpr int pad = 32;

@@ -33,7 +33,15 @@ struct fp16 {
     uint16_t bits;
 };
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_set1_ps(x);
+#else
+    return vf{} + x;
+#endif
+}
 inline vi as_int(vf x) { return (vi)x; }
 inline vf as_float(vi x) { return (vf)x; }
 
@@ -113,14 +121,14 @@ inline void store(fp16* p, vf x) {
 
 // The first n <= W elements; the other lanes are 0.
 template <class T>
-inline vf load(const T* p, int n) {
+__attribute__((always_inline)) inline vf load(const T* p, int n) {
     if (n == W) return load(p);
     T lanes[W] = {};
     std::memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
 }
 template <class T>
-inline void store(T* p, vf x, int n) {
+__attribute__((always_inline)) inline void store(T* p, vf x, int n) {
     if (n == W) return store(p, x);
     T lanes[W];
     store(lanes, x);

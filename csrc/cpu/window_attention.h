@@ -22,7 +22,6 @@ namespace diffit {
 namespace {
 
 constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
-constexpr int NQ = 2 * W;  // queries in a block
 
 // Takes pieces off a block of scratch memory.
 struct Arena {
@@ -38,7 +37,11 @@ struct Arena {
 };
 
 template <class E>
+constexpr int block_of = E::vectors * W;  // queries in a block
+
+template <class E>
 struct Sizes {
+    static constexpr int NQ = block_of<E>;
     int M, d, ww;
     int m_rows, m_k, m_pad;  // window tokens as rows of A, as k, and as packed
     int d_rows, d_k, d_pad;  // head width likewise
@@ -73,31 +76,53 @@ struct Layout {
     }
 };
 
-inline int64_t first_token(const WindowAttention& p, int64_t window) {
-    const int64_t columns = p.width / p.window_width;
-    return window / columns * p.window_height * p.width + window % columns * p.window_width;
+struct Place {
+    int64_t sample, token;  // the first token of a window
+};
+
+inline Place place(const WindowAttention& p, int64_t window) {
+    const int64_t per_sample = p.windows() / p.batch, columns = p.width / p.window_width;
+    const int64_t y = window % per_sample / columns, x = window % columns;
+    return {window / per_sample, y * p.window_height * p.width + x * p.window_width};
 }
 
-// out[c] = scale * (x[c] + add[c]) for c < d.
+inline Place next_place(const WindowAttention& p, int64_t window) {
+    return place(p, window + 1 < p.windows() ? window + 1 : window);
+}
+
+// Element of an input (B, L, ...) at the first token of a window and a head's first column.
+template <class T>
+inline const T* at(const void* x, int64_t stride_batch, int64_t stride_token, Place place,
+                   int64_t column) {
+    return static_cast<const T*>(x) + place.sample * stride_batch + place.token * stride_token +
+           column;
+}
+
+// out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
 template <class T, class U>
 inline void convert_row(U* out, const T* x, const float* add, float scale, int d) {
+    const auto convert = [&](int c, int n) {
+        vf v = load(x + c, n);
+        if (add) v += load(add + c);
+        store(out + c, v * scale, n);
+    };
     int c = 0;
-    for (; c + W <= d; c += W) {
-        vf v = load(x + c);
-        if (add) v += load(add + c);
-        store(out + c, v * scale);
-    }
-    if (c < d) {
-        vf v = load(x + c, d - c);
-        if (add) v += load(add + c);
-        store(out + c, v * scale, d - c);
-    }
+    for (; c + W <= d; c += W) convert(c, W);
+    if (W > 8 && c < d) convert(c, 8);
 }
+
 template <class T, class U>
 inline void copy_row(U* out, const T* x, int d) {
     convert_row(out, x, nullptr, 1.0f, d);
 }
-inline void copy_row(bf16* out, const bf16* x, int d) { std::memcpy(out, x, d * sizeof(bf16)); }
+inline void copy_row(bf16* out, const bf16* x, int d) {
+    for (int c = 0; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
+}
+
+template <class T>
+inline void prefetch_row(const T* x, int d) {
+    for (int c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c);
+}
 
 inline float* packed(float* a) { return a; }
 inline bf16* packed(uint16_t* a) { return reinterpret_cast<bf16*>(a); }
@@ -138,6 +163,7 @@ inline void load_row(float* out, const void* row, int64_t offset, int d) {
 // Operands that do not depend on the block of queries, and the block's queries.
 template <class E>
 struct Operands {
+    static constexpr int NQ = block_of<E>;
     using A = typename E::A;
     using B = typename E::B;
     Layout layout;
@@ -173,6 +199,7 @@ struct Operands {
 template <class E, int NV>
 inline void add_bias(const Sizes<E>& s, float* logits, const float* bias, const int32_t* row,
                      vf (&top)[NV]) {
+    constexpr int NQ = block_of<E>;
     for (int v = 0; v < NV; ++v) top[v] = splat(-INFINITY);
     for (int j = 0; j < s.M; ++j) {
         for (int v = 0; v < NV; ++v) {
@@ -183,13 +210,30 @@ inline void add_bias(const Sizes<E>& s, float* logits, const float* bias, const 
     }
 }
 
+template <int n>
+struct Number {
+    constexpr operator int() const { return n; }
+};
+
+// f(Number<n>), n <= N known at run time.
+template <int N, class F>
+inline void with_vectors(int n, const F& f) {
+    if constexpr (N > 1) {
+        if (n < N) return with_vectors<N - 1>(n, f);
+    }
+    f(Number<N>{});
+}
+
 // Keys whose terms are summed on their own before they join a sum: keeps rounding errors small.
 constexpr int sum_block = 32;
 
-// p = exp2(logits + bias - top) as B, with the maximum and the sum over the keys.
-template <class E, int NV>
+// p = exp2(logits + bias - top) as B, with the maximum and the sum over the keys. Calls
+// prefetch(0), prefetch(1), ... on the way: the rows of a head lie far apart, no hardware
+// prefetcher follows them, and here they arrive behind the arithmetic.
+template <class E, int NV, class Prefetch>
 inline void softmax(const Sizes<E>& s, float* logits, const float* bias, const int32_t* row,
-                    typename E::B* p, vf (&top)[2], vf (&sum)[2]) {
+                    typename E::B* p, vf* top, vf* sum, const Prefetch& prefetch) {
+    constexpr int NQ = block_of<E>;
     vf m[NV], l[NV] = {}, x[NV], y[NV];
     add_bias<E, NV>(s, logits, bias, row, m);
     for (int first = 0; first < s.M; first += sum_block) {
@@ -202,6 +246,8 @@ inline void softmax(const Sizes<E>& s, float* logits, const float* bias, const i
                 part[v] += x[v] + y[v];
             }
             E::put_b(p, NQ, j, x, y);
+            prefetch(j);
+            prefetch(j + 1);
         }
         for (int v = 0; v < NV; ++v) l[v] += part[v];
     }
@@ -213,6 +259,7 @@ inline void softmax(const Sizes<E>& s, float* logits, const float* bias, const i
 
 template <class E, class T>
 struct Forward {
+    static constexpr int NQ = block_of<E>;
     Arena arena;
     Sizes<E> s;
     Operands<E> o;
@@ -233,15 +280,14 @@ struct Forward {
         std::memset(scratch, 0, f.arena.used);
         f.o.layout.fill(p);
         const int64_t head = item % p.heads, first = item / p.heads * p.chunk;
-        const int64_t per_sample = p.windows() / p.batch;
-        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w)
-            f.window(p, w / per_sample, first_token(p, w % per_sample), head);
+        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) f.window(p, w, head);
     }
 
-    void window(const WindowAttention& p, int64_t sample, int64_t token, int64_t head) {
+    void window(const WindowAttention& p, int64_t index, int64_t head) {
+        const auto [sample, token] = place(p, index);
         const int64_t stride = p.qkv_stride_token, column = head * s.d;
-        const T* q = static_cast<const T*>(p.qkv) + sample * p.qkv_stride_batch + token * stride +
-                     column;
+        const T* q = at<T>(p.qkv, p.qkv_stride_batch, stride, {sample, token}, column);
+        const T* next = at<T>(p.qkv, p.qkv_stride_batch, stride, next_place(p, index), column);
         T* out = static_cast<T*>(p.out) + (sample * p.tokens() + token) * p.dim() + column;
         float* lse = p.lse + (sample * p.heads + head) * p.tokens() + token;
         const int64_t* tokens = o.layout.token;
@@ -255,12 +301,18 @@ struct Forward {
             const int count = s.M - first < NQ ? s.M - first : NQ;
             const int lanes = round_up(count, W);
             const float* bias = p.bias + head * p.bias_stride + (p.table ? first : 0);
+            const auto prefetch = [&](int r) {
+                if (r >= count) return;
+                const T* row = next + tokens[first + r] * stride;
+                for (int part = 0; part < 3; ++part) prefetch_row(row + part * p.dim(), s.d);
+            };
             o.template pack_queries<T>(p, s, q, tokens + first, count);
             E::template gemm<false>(s.m_rows, lanes, s.d_k, o.keys, s.d_pad, o.queries_t, NQ,
                                     o.logits, NQ);
-            vf top[2], sum[2];
-            (lanes == NQ ? softmax<E, 2> : softmax<E, 1>)(s, o.logits, bias, o.layout.bias,
-                                                          probabilities, top, sum);
+            vf top[E::vectors], sum[E::vectors];
+            with_vectors<E::vectors>(lanes / W, [&](auto n) {
+                softmax<E, n>(s, o.logits, bias, o.layout.bias, probabilities, top, sum, prefetch);
+            });
             E::template gemm<false>(s.d_rows, lanes, s.m_k, values_t, s.m_pad, probabilities, NQ,
                                     o.result, NQ);
             for (int v = 0; v < lanes / W; ++v) {
@@ -284,6 +336,7 @@ struct Forward {
 
 template <class E, class T>
 struct Backward {
+    static constexpr int NQ = block_of<E>;
     using A = typename E::A;
     using B = typename E::B;
     Arena arena;
@@ -318,20 +371,22 @@ struct Backward {
         std::memset(scratch, 0, b.arena.used);
         b.o.layout.fill(p);
         const int64_t head = item % p.heads, chunk = item / p.heads, first = chunk * p.chunk;
-        const int64_t per_sample = p.windows() / p.batch;
-        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w)
-            b.window(p, w / per_sample, first_token(p, w % per_sample), head);
+        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) b.window(p, w, head);
         if (p.grad_table)
             b.fold_bias(p, p.grad_table_part + (chunk * p.heads + head) * p.table_rows());
     }
 
-    void window(const WindowAttention& p, int64_t sample, int64_t token, int64_t head) {
-        const int64_t stride = p.qkv_stride_token, column = head * s.d, dim = p.dim();
-        const T* q = static_cast<const T*>(p.qkv) + sample * p.qkv_stride_batch + token * stride +
-                     column;
-        const T* grad_out = static_cast<const T*>(p.grad_out) +
-                            sample * p.grad_out_stride_batch + token * p.grad_out_stride_token +
-                            column;
+    void window(const WindowAttention& p, int64_t index, int64_t head) {
+        const auto [sample, token] = place(p, index);
+        const int64_t stride = p.qkv_stride_token, grad_stride = p.grad_out_stride_token;
+        const int64_t column = head * s.d, dim = p.dim();
+        const Place here{sample, token}, next = next_place(p, index);
+        const T* q = at<T>(p.qkv, p.qkv_stride_batch, stride, here, column);
+        const T* grad_out =
+            at<T>(p.grad_out, p.grad_out_stride_batch, grad_stride, here, column);
+        const T* next_q = at<T>(p.qkv, p.qkv_stride_batch, stride, next, column);
+        const T* next_grad_out =
+            at<T>(p.grad_out, p.grad_out_stride_batch, grad_stride, next, column);
         T* grad_q = static_cast<T*>(p.grad_qkv) + (sample * p.tokens() + token) * 3 * dim + column;
         const int64_t* tokens = o.layout.token;
         const int columns = round_up(s.d, W);
@@ -346,7 +401,13 @@ struct Backward {
             const int count = s.M - first < NQ ? s.M - first : NQ;
             const int lanes = round_up(count, W);
             o.template pack_queries<T>(p, s, q, tokens + first, count);
-            pack<E>(grads, s.d_pad, grad_out, p.grad_out_stride_token, tokens + first, count, s.d);
+            pack<E>(grads, s.d_pad, grad_out, grad_stride, tokens + first, count, s.d);
+            const auto prefetch = [&](int r) {
+                if (r >= count) return;
+                const T* row = next_q + tokens[first + r] * stride;
+                for (int part = 0; part < 3; ++part) prefetch_row(row + part * dim, s.d);
+                prefetch_row(next_grad_out + tokens[first + r] * grad_stride, s.d);
+            };
             std::memset(grads + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
             columns_as_b<E>(grads, s.d_pad, NQ, s.d_k, grads_t, NQ);
 
@@ -357,11 +418,9 @@ struct Backward {
                                     grad_probabilities, NQ);
             const int64_t shift = p.table ? first : 0;
             const float* bias = p.bias + head * p.bias_stride + shift;
-            if (lanes == NQ) {
-                grad_softmax<2>(bias, grad_bias + shift);
-            } else {
-                grad_softmax<1>(bias, grad_bias + shift);
-            }
+            with_vectors<E::vectors>(lanes / W, [&](auto n) {
+                grad_softmax<n>(bias, grad_bias + shift, prefetch);
+            });
 
             // dV += P^T dO, dK += dS^T Q
             const B* grads_rows = E::rows_as_b(grads, s.d_pad, s.q_k, columns, grads_b);
@@ -389,8 +448,8 @@ struct Backward {
 
     // P = softmax(S), delta = sum over keys of P dP, dS = P (dP - delta). The softmax is computed
     // again rather than from the log-sum-exp, whose rounding would scale whole rows of P.
-    template <int NV>
-    void grad_softmax(const float* bias, float* grad_bias_row) const {
+    template <int NV, class Prefetch>
+    void grad_softmax(const float* bias, float* grad_bias_row, const Prefetch& prefetch) const {
         const int32_t* row = o.layout.bias;
         vf top[NV], sum[NV] = {}, delta[NV] = {}, x[NV], y[NV];
         add_bias<E, NV>(s, o.logits, bias, row, top);
@@ -404,6 +463,7 @@ struct Backward {
                     delta_part[v] += e * load(grad_probabilities + i);
                     store(o.logits + i, e);
                 }
+                prefetch(j);
             }
             for (int v = 0; v < NV; ++v) {
                 sum[v] += sum_part[v];
