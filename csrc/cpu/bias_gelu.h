@@ -1,6 +1,8 @@
 // gelu(hidden + bias), tanh form, and its gradient, over a chunk of rows.
 #pragma once
 
+#include <type_traits>
+
 #include "problem.h"
 #include "vec.h"
 
@@ -16,12 +18,14 @@ struct Gate {
     vf open, closed;  // s(x) and 1 - s(x), each to full relative precision
 };
 
+template <class T>
 inline Gate gate(vf x) {
+    constexpr bool brief = std::is_same<T, bf16>::value;
     const vf u = x * (cubic * (x * x) + 1.0f) * -two_u_log2e;
     // The bound keeps 1 + e a normal number; NaN passes it.
     const vf limit = splat(126.0f);
-    const vf e = exp2(limit < u ? limit : u);
-    const vf open = reciprocal(1.0f + e);
+    const vf e = exp2<brief>(limit < u ? limit : u);
+    const vf open = reciprocal<brief>(1.0f + e);
     return {open, e * open};
 }
 
@@ -41,7 +45,7 @@ struct BiasGeluKernel {
             T* activation = static_cast<T*>(p.activation) + r * p.features;
             over(p.features, [&](int64_t c, int n) {
                 const vf x = load(hidden + c, n) + load(bias + c, n);
-                store(activation + c, x * gate(x).open, n);
+                store(activation + c, x * gate<T>(x).open, n);
             });
         }
     }
@@ -56,7 +60,7 @@ struct BiasGeluKernel {
             T* grad = static_cast<T*>(p.grad) + r * p.features;
             over(p.features, [&](int64_t c, int n) {
                 const vf x = load(hidden + c, n) + load(bias + c, n);
-                const Gate g = gate(x);
+                const Gate g = gate<T>(x);
                 const vf y = x * g.open;
                 // d gelu / dx = s + x s (1 - s) d(2u)/dx
                 // The bound keeps x^2 finite where s (1 - s) has long been 0.

@@ -18,6 +18,7 @@ constexpr int round_up(int64_t n, int multiple) {
 struct FloatEngine {
     using A = float;
     using B = float;
+    static constexpr bool brief = false;  // of exponentials, see exp2
     static constexpr int pair = 1;
     static constexpr int vectors = W == 16 ? 4 : 2;  // the widest register tile
     static constexpr int m_align = 8;
@@ -98,6 +99,7 @@ struct FloatEngine {
 struct Bfloat16Engine {
     using A = uint16_t;
     using B = uint32_t;
+    static constexpr bool brief = true;
     static constexpr int pair = 2;
     static constexpr int vectors = 2;
     static constexpr int m_align = 16;

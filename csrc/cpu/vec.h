@@ -135,20 +135,28 @@ __attribute__((always_inline)) inline void store(T* p, vf x, int n) {
     std::memcpy(p, lanes, n * sizeof(T));
 }
 
-// 2^x for x <= 128, relative error below 2e-7; 2^-125 for anything smaller; NaN stays NaN.
+// 2^x for x <= 128; 2^-125 for anything below -125; NaN stays NaN. The relative error is below
+// 2e-7, or below 1.1e-4 in `brief`, for results that are rounded to bfloat16.
+template <bool brief = false>
 inline vf exp2(vf x) {
     x = max(splat(-125.0f), x);
     const vf magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
     const vf shifted = x + magic;
     const vf r = x - (shifted - magic);
-    // Minimax polynomial of 2^r on [-1/2, 1/2].
-    vf p = splat(1.5345812e-4f);
-    p = p * r + 1.3399931e-3f;
-    p = p * r + 9.6184891e-3f;
-    p = p * r + 5.5503286e-2f;
-    p = p * r + 2.4022646e-1f;
-    p = p * r + 6.9314718e-1f;
-    p = p * r + 1.0f;
+    // Minimax polynomials of 2^r on [-1/2, 1/2] that are exact at 0.
+    vf p;
+    if constexpr (brief) {
+        p = splat(5.5008933e-2f) * r + 2.4221097e-1f;
+        p = p * r + 6.9328290e-1f;
+        p = p * r + 1.0f;
+    } else {
+        p = splat(1.5345812e-4f) * r + 1.3399931e-3f;
+        p = p * r + 9.6184891e-3f;
+        p = p * r + 5.5503286e-2f;
+        p = p * r + 2.4022646e-1f;
+        p = p * r + 6.9314718e-1f;
+        p = p * r + 1.0f;
+    }
     return as_float(as_int(p) + (as_int(shifted) << 23));
 }
 
@@ -169,11 +177,12 @@ inline vf log2(vf x) {
     return x != x ? x : y;
 }
 
-// 1 / x to about 1 ulp, for normal x.
+// 1 / x for normal x, to about 1 ulp, or to 2^-14 in `brief`.
+template <bool brief = false>
 inline vf reciprocal(vf x) {
 #if defined(__AVX512F__)
     const vf y = (vf)_mm512_rcp14_ps((__m512)x);
-    return y + y * (1.0f - x * y);
+    return brief ? y : y + y * (1.0f - x * y);
 #else
     return 1.0f / x;
 #endif

@@ -241,8 +241,8 @@ inline void softmax(const Sizes<E>& s, float* logits, const float* bias, const i
         for (int j = first; j < s.M && j < first + sum_block; j += 2) {
             const bool last = j + 1 == s.M;
             for (int v = 0; v < NV; ++v) {
-                x[v] = exp2(load(logits + j * NQ + v * W) - m[v]);
-                y[v] = last ? vf{} : exp2(load(logits + (j + 1) * NQ + v * W) - m[v]);
+                x[v] = exp2<E::brief>(load(logits + j * NQ + v * W) - m[v]);
+                y[v] = last ? vf{} : exp2<E::brief>(load(logits + (j + 1) * NQ + v * W) - m[v]);
                 part[v] += x[v] + y[v];
             }
             E::put_b(p, NQ, j, x, y);
@@ -458,7 +458,7 @@ struct Backward {
             for (int j = first; j < s.M && j < first + sum_block; ++j) {
                 for (int v = 0; v < NV; ++v) {
                     const int i = j * NQ + v * W;
-                    const vf e = exp2(load(o.logits + i) - top[v]);
+                    const vf e = exp2<E::brief>(load(o.logits + i) - top[v]);
                     sum_part[v] += e;
                     delta_part[v] += e * load(grad_probabilities + i);
                     store(o.logits + i, e);
