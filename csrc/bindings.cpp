@@ -32,7 +32,7 @@ diffit::WindowAttention problem(const Shape& shape, double scale) {
     p.heads = shape[5];
     p.head_dim = shape[6];
     p.dtype = static_cast<diffit::DType>(shape[7]);
-    p.scale = static_cast<float>(scale);
+    p.scale = scale;
     return p;
 }
 

@@ -195,7 +195,7 @@ void window_attention_backward(WindowAttention p, int threads) {
     cut(p);
     const std::vector<float> bias = expand_bias(p);
     p.bias = bias.data();
-    std::vector<float> part(p.grad_table ? p.items() * p.table_rows() : 0);
+    std::vector<double> part(p.grad_table ? p.items() * p.table_rows() : 0);
     p.grad_table_part = part.data();
     for_each_item(k, p.items(), k.backward_scratch(p), threads,
                   [&](int64_t item, char* scratch) { k.backward(p, item, scratch); });
@@ -203,29 +203,30 @@ void window_attention_backward(WindowAttention p, int threads) {
     const int64_t rows = p.table_rows();
     for (int64_t h = 0; h < p.heads; ++h) {
         for (int64_t r = 0; r < rows; ++r) {
-            float sum = 0;
+            double sum = 0;
             for (int64_t c = 0; c < p.chunks(); ++c) sum += part[(c * p.heads + h) * rows + r];
-            p.grad_table[r * p.heads + h] = sum;
+            p.grad_table[r * p.heads + h] = static_cast<float>(sum);
         }
     }
 }
 
 void bias_gelu(BiasGelu g, int threads) {
     const Kernels& k = kernels(g.dtype);
-    g.chunk = std::max<int64_t>(1, 4096 / g.features);
+    g.chunk = std::max<int64_t>(1, 16384 / g.features);
     for_each_item(k, g.chunks(), 0, threads, [&](int64_t item, char*) { k.bias_gelu(g, item); });
 }
 
 void bias_gelu_backward(BiasGelu g, int threads) {
     const Kernels& k = kernels(g.dtype);
-    g.chunk = std::max<int64_t>(8, (g.rows + 63) / 64);
+    g.chunk = 32;  // rows whose gradients are summed in single precision
     std::vector<float> part(g.chunks() * g.features);
     g.grad_bias_part = part.data();
     for_each_item(k, g.chunks(), 0, threads,
                   [&](int64_t item, char*) { k.bias_gelu_backward(g, item); });
-    for (int64_t c = 1; c < g.chunks(); ++c)
-        for (int64_t f = 0; f < g.features; ++f) part[f] += part[c * g.features + f];
-    std::memcpy(g.grad_bias, part.data(), g.features * sizeof(float));
+    std::vector<double> total(g.features, 0.0);
+    for (int64_t c = 0; c < g.chunks(); ++c)
+        for (int64_t f = 0; f < g.features; ++f) total[f] += part[c * g.features + f];
+    std::copy(total.begin(), total.end(), g.grad_bias);
 }
 
 void token_sum(const TokenSum& t, int threads) {

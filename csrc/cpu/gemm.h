@@ -49,10 +49,7 @@ struct FloatEngine {
     template <int NV, bool accumulate>
     static void tile(int K, const A* a, int lda, const B* b, int ldb, float* c, int ldc) {
         constexpr int MR = rows<NV>;
-        vf acc[MR][NV];
-        for (int i = 0; i < MR; ++i)
-            for (int v = 0; v < NV; ++v)
-                acc[i][v] = accumulate ? load(c + i * ldc + v * W) : vf{};
+        vf acc[MR][NV] = {};
         for (int k = 0; k < K; ++k) {
             vf x[NV];
             for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
@@ -61,11 +58,16 @@ struct FloatEngine {
                 for (int v = 0; v < NV; ++v) acc[i][v] += y * x[v];
             }
         }
-        for (int i = 0; i < MR; ++i)
-            for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v]);
+        for (int i = 0; i < MR; ++i) {
+            for (int v = 0; v < NV; ++v) {
+                float* sum = c + i * ldc + v * W;
+                store(sum, accumulate ? load(sum) + acc[i][v] : acc[i][v]);
+            }
+        }
     }
 
-    // Blocks of k keep that part of B in the first-level cache, and partial sums short.
+    // Blocks of k keep that part of B in the first-level cache. What they add to C starts from 0,
+    // since a long chain of additions to one sum would lose digits.
     template <bool accumulate>
     static void gemm(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
                      int ldc) {

@@ -12,7 +12,7 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 struct WindowAttention {
     int64_t batch, height, width, window_height, window_width, heads, head_dim;
     DType dtype;
-    float scale;
+    double scale;
 
     const void* qkv;  // (B, L, 3C), last stride 1, other strides in elements
     int64_t qkv_stride_batch, qkv_stride_token;
@@ -31,7 +31,7 @@ struct WindowAttention {
     // Filled in by the dispatcher.
     const float* bias;       // expanded bias, see expand_bias
     int64_t bias_stride;     // from head to head
-    float* grad_table_part;  // (chunks, heads, table rows), or null
+    double* grad_table_part;  // (chunks, heads, table rows), or null
     int64_t chunk;           // windows in one item of work
 
     int64_t tokens() const { return height * width; }

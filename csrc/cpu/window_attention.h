@@ -21,7 +21,8 @@
 namespace diffit {
 namespace {
 
-constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
+constexpr double log2_e = 1.4426950408889634;
+constexpr float ln_2 = 0.693147181f;
 
 // Takes pieces off a block of scratch memory.
 struct Arena {
@@ -189,7 +190,7 @@ struct Operands {
                       const int64_t* token, int count) const {
         for (int r = 0; r < count; ++r)
             convert_row(packed(queries + r * s.d_pad), q + token[r] * p.qkv_stride_token, q_row,
-                           p.scale * log2_e, s.d);
+                           static_cast<float>(p.scale * log2_e), s.d);
         std::memset(queries + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
         columns_as_b<E>(queries, s.d_pad, NQ, s.d_k, queries_t, NQ);
     }
@@ -345,6 +346,7 @@ struct Backward {
     A *keys_t, *grads, *probabilities, *grad_logits;
     B *grads_t, *grads_b, *queries_b, *grad_logits_b;
     float *grad_probabilities, *grad_keys, *grad_values, *grad_bias;
+    double* grad_bias_total;
     int64_t bias_size;
 
     Backward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
@@ -362,6 +364,7 @@ struct Backward {
         grad_values = arena.take<float>(window);
         bias_size = (p.table ? s.ww * (2 * p.window_height - 1) * s.ww : s.M) + bias_slack;
         grad_bias = arena.take<float>(bias_size);
+        grad_bias_total = arena.take<double>(bias_size);
     }
 
     static size_t scratch(const WindowAttention& p) { return Backward(p, nullptr).arena.used; }
@@ -371,9 +374,14 @@ struct Backward {
         std::memset(scratch, 0, b.arena.used);
         b.o.layout.fill(p);
         const int64_t head = item % p.heads, chunk = item / p.heads, first = chunk * p.chunk;
-        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) b.window(p, w, head);
-        if (p.grad_table)
+        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) {
+            b.window(p, w, head);
+            if (p.grad_table && (w - first) % 4 == 3) b.flush_bias();
+        }
+        if (p.grad_table) {
+            b.flush_bias();
             b.fold_bias(p, p.grad_table_part + (chunk * p.heads + head) * p.table_rows());
+        }
     }
 
     void window(const WindowAttention& p, int64_t index, int64_t head) {
@@ -497,14 +505,22 @@ struct Backward {
         }
     }
 
-    void fold_bias(const WindowAttention& p, float* table) const {
+    // Sums over a few windows go on in double precision: there may be many thousands of them.
+    void flush_bias() const {
+        for (int64_t i = 0; i < bias_size; ++i) {
+            grad_bias_total[i] += grad_bias[i];
+            grad_bias[i] = 0;
+        }
+    }
+
+    void fold_bias(const WindowAttention& p, double* table) const {
         const int64_t ww = s.ww, rows = 2 * p.window_height - 1;
-        std::memset(table, 0, p.table_rows() * sizeof(float));
+        std::memset(table, 0, p.table_rows() * sizeof(double));
         for (int64_t xj = 0; xj < ww; ++xj)
             for (int64_t dy = 0; dy < rows; ++dy)
                 for (int64_t xi = 0; xi < ww; ++xi)
                     table[dy * (2 * ww - 1) + xi - xj + ww - 1] +=
-                        grad_bias[(xj * rows + dy) * ww + xi];
+                        grad_bias_total[(xj * rows + dy) * ww + xi];
     }
 };
 
