@@ -25,7 +25,7 @@ inline Gate gate(vf x) {
     // The bound keeps 1 + e a normal number; NaN passes it.
     const vf limit = splat(126.0f);
     const vf e = exp2<brief>(limit < u ? limit : u);
-    const vf open = reciprocal<brief>(1.0f + e);
+    const vf open = limit < u ? vf{} : reciprocal<brief>(1.0f + e);
     return {open, e * open};
 }
 

@@ -69,6 +69,9 @@ class DiffiTBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        hidden_features = int(dim * mlp_ratio)
+        if hidden_features < 1:
+            raise ValueError(f"mlp_ratio: expected at least 1 / dim = 1 / {dim}, got {mlp_ratio}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False, **factory)
         self.attn = TMSA(
@@ -83,11 +86,12 @@ class DiffiTBlock(nn.Module):
             **factory,
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False, **factory)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+        self.mlp = MLP(dim, hidden_features, drop=proj_drop, **factory)
 
     def forward(
         self, x: Tensor, temb: Tensor | None = None, *, grid_size: tuple[int, int] | None = None
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C); ``grid_size`` as in ``TMSA``."""
+        self.attn.check(x, temb)
         x = x + self.attn(self.norm1(x), temb, grid_size=grid_size)
         return x + self.mlp(self.norm2(x))

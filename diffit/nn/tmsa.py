@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffit_kernels import relative_position_index, tmsa
-from diffit_kernels.ops.window_attention import as_window, default_grid
-from diffit_kernels.problem import WindowAttentionProblem
+from diffit_kernels.ops import autocast
+from diffit_kernels.ops.window_attention import as_grid, as_pair
+from diffit_kernels.problem import WindowAttentionProblem, require_like
 from diffit_kernels.reference.window_attention import partition, unpartition
 
 
@@ -54,7 +55,9 @@ class TMSA(nn.Module):
         super().__init__()
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
-        window = as_window(window_size)
+        if temb_dim is not None and temb_dim < 1:
+            raise ValueError(f"temb_dim: expected a positive integer or None, got {temb_dim}")
+        window = as_pair("window_size", window_size)
         if min(window) < 1:
             raise ValueError(f"window_size: expected positive integers, got {window}")
         self.dim = dim
@@ -111,7 +114,7 @@ class TMSA(nn.Module):
         Raises:
             TypeError, ValueError: an input that does not fit, naming it.
         """
-        self._check(x, temb)
+        self.check(x, temb)
         if temb is not None and temb.dim() == 3 and temb.shape[1] == 1:
             temb = temb[:, 0]
         per_position = temb is not None and temb.dim() == 3
@@ -155,7 +158,7 @@ class TMSA(nn.Module):
             None,
             self.num_heads,
             self.window_size,
-            grid_size or default_grid(x.shape[1], self.window_size),
+            as_grid(grid_size, x.shape[1], self.window_size),
             self.scale,
         )
         q, k, v = partition(problem, qkv, 3)
@@ -168,9 +171,18 @@ class TMSA(nn.Module):
         out = self.proj(unpartition(problem, (self.attn_drop(attention) @ v)[None]))
         return out, attention.flatten(0, 1)
 
-    def _check(self, x: Tensor, temb: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected (B, L, {self.dim}), got shape {tuple(x.shape)}")
+    def check(self, x: Tensor, temb: Tensor | None) -> None:
+        """Raise TypeError or ValueError, naming the argument, unless the layer can take these."""
+        if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[0] == 0:
+            raise ValueError(
+                f"x: expected (B, L, {self.dim}) with at least one sample, "
+                f"got shape {tuple(x.shape)}"
+            )
+        weight = self.qkv.weight
+        for name, tensor in (("x", x), ("temb", temb)):
+            if tensor is not None:
+                dtype = tensor.dtype if autocast.is_active(weight) else weight.dtype
+                require_like(name, tensor, dtype, weight)
         if temb is None:
             return
         if self.temb_dim is None:
@@ -213,7 +225,7 @@ class TMSA2d(TMSA):
         self, x: Tensor, temb: Tensor | None = None, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend inside the windows of the map; H and W are multiples of the window."""
-        if x.dim() != 4:
+        if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
         height, width = x.shape[2:]
         result: Any = super().forward(

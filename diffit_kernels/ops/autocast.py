@@ -34,6 +34,12 @@ def register_autocast(name: str, operator: Callable[..., Any], keep: tuple[int, 
         _LIBRARY.impl(name, implementation, key)
 
 
+def is_active(x: Tensor) -> bool:
+    """Whether autocast converts the inputs of an operator that takes ``x``."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _casts(arg: Any, device_type: str) -> bool:
     return (
         isinstance(arg, Tensor)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import linear
 
+from diffit_kernels.ops import autocast
 from diffit_kernels.ops.window_attention import window_attention
+from diffit_kernels.problem import require_floating, require_like, require_shape
 
 
 def tmsa(
@@ -50,27 +52,34 @@ def tmsa(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``window_attention``.
     """
-    if x.dim() != 3:
-        raise ValueError(f"x: expected (B, L, C), got shape {tuple(x.shape)}")
-    batch, dim = x.shape[0], x.shape[2]
+    require_floating("x", x)
+    if x.dim() != 3 or x.shape[0] == 0:
+        raise ValueError(
+            f"x: expected (B, L, C) with at least one sample, got shape {tuple(x.shape)}"
+        )
+    batch, _, dim = x.shape
     if temb is None:
         temb_weight = temb_bias = None
     elif temb_weight is None:
         raise ValueError("temb_weight: expected (3C, T) because temb is given, got None")
-    else:
-        if temb.dim() != 2 or temb.shape[0] == 0 or batch % temb.shape[0]:
-            raise ValueError(
-                f"temb: expected (B, T) with B = {batch} or a divisor of it, "
-                f"got shape {tuple(temb.shape)}"
-            )
-        for name, weight, columns in (
-            ("qkv_weight", qkv_weight, dim),
-            ("temb_weight", temb_weight, temb.shape[1]),
-        ):
-            if tuple(weight.shape) != (3 * dim, columns):
-                raise ValueError(
-                    f"{name}: expected shape {(3 * dim, columns)}, got {tuple(weight.shape)}"
-                )
+    elif temb.dim() != 2 or temb.shape[0] == 0 or batch % temb.shape[0]:
+        raise ValueError(
+            f"temb: expected (B, T) with B = {batch} or a divisor of it, "
+            f"got shape {tuple(temb.shape)}"
+        )
+    tokens, width = (0, 0) if temb is None else temb.shape
+    for name, tensor, shape in (
+        ("temb", temb, (tokens, width)),
+        ("qkv_weight", qkv_weight, (3 * dim, dim)),
+        ("qkv_bias", qkv_bias, (3 * dim,)),
+        ("temb_weight", temb_weight, (3 * dim, width)),
+        ("temb_bias", temb_bias, (3 * dim,)),
+        ("proj_weight", proj_weight, (dim, dim)),
+        ("proj_bias", proj_bias, (dim,)),
+    ):
+        if tensor is not None:
+            require_like(name, tensor, tensor.dtype if autocast.is_active(x) else x.dtype, x)
+            require_shape(name, tensor, shape)
     q_row, v_row = (
         _row(slice(part * dim, (part + 1) * dim), batch, temb, qkv_bias, temb_weight, temb_bias)
         for part in (0, 2)

@@ -60,9 +60,8 @@ def window_attention(
     """
     if qkv.dim() != 3:
         raise ValueError(f"qkv: expected (B, L, 3C), got shape {tuple(qkv.shape)}")
-    window = as_window(window_size)
-    if grid_size is None:
-        grid_size = default_grid(qkv.shape[1], window)
+    window = as_pair("window_size", window_size)
+    grid = as_grid(grid_size, qkv.shape[1], window)
     if scale is None:
         head_dim = qkv.shape[-1] // (3 * max(num_heads, 1))
         scale = max(head_dim, 1) ** -0.5
@@ -72,22 +71,27 @@ def window_attention(
             torch.float64 if qkv.dtype == torch.float64 else torch.float32
         )
     out, _ = torch.ops.diffit.window_attention(
-        qkv, rel_pos_table, q_row, v_row, num_heads, window, list(grid_size), scale
+        qkv, rel_pos_table, q_row, v_row, num_heads, window, grid, scale
     )
     return out
 
 
-def as_window(window_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(wh, ww) of a window given as one number or two."""
-    if isinstance(window_size, int):
-        return window_size, window_size
-    if len(window_size) != 2:
-        raise ValueError(f"window_size: expected one or two integers, got {tuple(window_size)}")
-    return window_size[0], window_size[1]
+def as_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
+    pair = size if isinstance(size, Sequence) else (size, size)
+    if not all(isinstance(number, int | torch.SymInt) for number in pair):
+        raise TypeError(f"{name}: expected one or two integers, got {size}")
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected one or two integers, got {size}")
+    return pair[0], pair[1]
 
 
-def default_grid(tokens: int, window: tuple[int, int]) -> tuple[int, int]:
-    """The grid meant where none is given: the window itself, else a square."""
+def as_grid(
+    grid_size: tuple[int, int] | None, tokens: int, window: tuple[int, int]
+) -> tuple[int, int]:
+    """The grid; where none is given, the one that is meant: the window itself, else a square."""
+    if grid_size is not None:
+        return as_pair("grid_size", grid_size)
     if window[0] * window[1] == tokens:
         return window
     side = math.isqrt(tokens)

@@ -108,7 +108,7 @@ def window_attention_backward(
 
         dV = P^T dO          dP = dO V^T          dS = P (dP - rowsum(P dP))
         dQ = dS K * scale    dK = dS^T Q * scale  dtable[r] = sum of dS over index(i, j) = r
-        dq_row = sum of dQ over tokens            dv_row = sum of dO over tokens
+        dq_row = sum of dQ over tokens            dv_row = sum of dV over tokens
 
     ``v_row`` shifts every dP of a row by the same number, which dS does not see.
     """
@@ -120,7 +120,8 @@ def window_attention_backward(
 
     grad_v = prob.transpose(-1, -2) @ grad
     grad_prob = grad @ v.transpose(-1, -2)
-    grad_logits = prob * (grad_prob - (prob * grad_prob).sum(dim=-1, keepdim=True))
+    # P (dP - rowsum(P dP)), rounded once
+    grad_logits = torch.ops.aten._softmax_backward_data(grad_prob, prob, -1, prob.dtype)
     grad_q = (grad_logits @ k) * scale
     grad_k = (grad_logits.transpose(-1, -2) @ q) * scale
     grad_qkv = unpartition(problem, torch.stack((grad_q, grad_k, grad_v)))
@@ -131,8 +132,8 @@ def window_attention_backward(
         index = _index(*problem.window_size).flatten().to(summed.device)
         grad_table = torch.zeros_like(rel_pos_table, memory_format=torch.contiguous_format)
         grad_table.index_add_(0, index, summed.t())
-    grad_q_row = grad_qkv[..., : problem.dim].sum(dim=1) if q_row is not None else None
-    grad_v_row = grad_out.sum(dim=1) if v_row is not None else None
+    grad_q_row = grad_q.sum(dim=(1, 3)).flatten(1) if q_row is not None else None
+    grad_v_row = grad_v.sum(dim=(1, 3)).flatten(1) if v_row is not None else None
     return grad_qkv, grad_table, grad_q_row, grad_v_row
 
 

@@ -1,0 +1,44 @@
+"""What the device can do at most, measured: the scale for every other number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from harness import timed
+
+SECONDS = 0.7  # of calls for each ceiling
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Best of many calls each, since a ceiling is what can be reached."""
+
+    matmul_gflops: dict[str, float]  # a large square matmul, by dtype
+    copy_gbps: float  # read and written by a copy of a large tensor
+
+
+def measure(device: torch.device, dtypes: list[torch.dtype]) -> Ceilings:
+    """The ceilings of the device with the threads in use."""
+    size, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    matmul = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = torch.empty_like(a)
+        seconds = _best(partial(torch.mm, a, b, out=product), device)
+        matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds / 1e9
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = _best(partial(target.copy_, source), device)
+    return Ceilings(matmul, 2 * copied / seconds / 1e9)
+
+
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    best, begin = timed(call, device), time.perf_counter()
+    while time.perf_counter() - begin < SECONDS:
+        best = min(best, timed(call, device))
+    return best

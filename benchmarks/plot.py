@@ -1,0 +1,88 @@
+"""The picture of a result: time of the best peer over ours, per shape.
+
+``python benchmarks/plot.py FOLDER`` draws it again from FOLDER/results.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from results import OK, Contest, contests, read
+from table import DTYPES
+
+COLORS = {"float32": "#4c78a8", "bfloat16": "#e8792b", "float16": "#4f9d69"}
+
+
+def save(folder: Path) -> str:
+    """Draw ``results.png`` beside ``results.json``; the line that says so, or why not."""
+    if find_spec("matplotlib") is None:
+        return (
+            'no picture: matplotlib is not installed (pip install -e ".[plot]", '
+            f"then python benchmarks/plot.py {folder})"
+        )
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import patches, pyplot
+
+    run, rows = read(folder)
+    panels: dict[str, list[Contest]] = {}
+    for contest in contests(rows):
+        title = f"{contest.ours.operation}, {contest.ours.direction}"
+        panels.setdefault(title, []).append(contest)
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+
+    figure, axes = pyplot.subplots(
+        len(panels),
+        figsize=(max(7, 1.2 * len(shapes)), 2.2 * len(panels) + 1),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (title, panel), axis in zip(panels.items(), axes[:, 0], strict=True):
+        _draw(axis, panel, shapes, dtypes)
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes[-1, 0].set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
+    figure.supylabel("time of the best peer / ours   (* some peers were not run)", fontsize=10)
+    figure.suptitle(
+        "{device} ({instruction_set}), {threads} threads, torch {torch}".format(**run["device"]),
+        fontsize=10,
+    )
+    handles = [patches.Patch(color=COLORS[dtype]) for dtype in dtypes]
+    labels = [DTYPES[dtype] for dtype in dtypes]
+    axes[0, 0].legend(handles, labels, loc="upper right", ncols=len(dtypes), frameon=False)
+    figure.savefig(folder / "results.png", dpi=150)
+    pyplot.close(figure)
+    return f"results.png is in {folder}"
+
+
+def _draw(axis: Any, panel: list[Contest], shapes: list[str], dtypes: list[str]) -> None:
+    """A bar per contest, with its ratio above and the name of the best peer in it."""
+    width = 0.8 / len(dtypes)
+    text = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+    for contest in panel:
+        ours, best, ratio = contest.ours, contest.best, contest.speedup
+        slot = dtypes.index(ours.dtype) - (len(dtypes) - 1) / 2
+        x = shapes.index(ours.shape) + slot * width
+        if best is None or ratio is None:
+            label = "no right peer" if ours.status == OK else ours.status
+            axis.annotate(label, (x, 0), (0, 3), fontsize=7, rotation=90, **text)
+            continue
+        axis.bar(x, ratio, 0.94 * width, color=COLORS[ours.dtype])
+        label = f"{ratio:.2f}" if contest.complete else f"{ratio:.2f}*"
+        axis.annotate(label, (x, max(ratio, 1)), (0, 1), fontsize=8, **text)
+        axis.annotate(best.contestant, (x, 0), (0, 3), fontsize=7, rotation=90, **text)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.margins(y=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "results.json").is_file():
+        print("plot.py: expected one folder with a results.json", file=sys.stderr)
+        sys.exit(2)
+    print(save(Path(sys.argv[1])))

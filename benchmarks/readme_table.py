@@ -1,0 +1,110 @@
+"""Write the measured table of the README again from benchmarks/results/*/results.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from results import Contest, Row, contests, read, summarise
+from table import DTYPES
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ROOT = Path(__file__).parents[1]
+COLUMNS = [
+    ("attention", "forward"),
+    ("attention", "backward"),
+    ("block", "forward"),
+    ("block", "backward"),
+]
+
+
+def device_table(run: dict[str, Any], rows: list[Row]) -> str:
+    """One device in Markdown: a line per layer and dtype, then the geometric means."""
+    ceilings = ", ".join(
+        f"{gflops:.0f} GFLOP/s {DTYPES[dtype]}"
+        for dtype, gflops in run["ceilings"]["matmul_gflops"].items()
+    )
+    lines = [
+        "{device} ({instruction_set}, {threads} threads), torch {torch}, diffit {diffit}, {date}; "
+        "matmul ceiling ".format(**run["device"])
+        + f"{ceilings}; `{run['command']}`.",
+        "",
+        "| layer (batch, grid, window, channels, heads) | dtype | "
+        + " | ".join(f"{operation} {direction}" for operation, direction in COLUMNS)
+        + " | block forward / its GEMMs |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+    ]
+    layers: dict[tuple[str, str], dict[tuple[str, str], Contest]] = {}
+    for contest in contests(rows):
+        ours = contest.ours
+        cells = layers.setdefault((ours.shape, ours.dtype), {})
+        cells[ours.operation, ours.direction] = contest
+    for (_, dtype), cells in layers.items():
+        ours = next(iter(cells.values())).ours
+        layer = (
+            f"{ours.shape} ({ours.batch}, {ours.grid}, {ours.window}, {ours.dim}, {ours.num_heads})"
+        )
+        block = cells.get(("block", "forward"))
+        floor = f"{block.over_floor:.2f}" if block and block.over_floor else ""
+        values = [_cell(cells.get(column)) for column in COLUMNS]
+        lines.append("| " + " | ".join([layer, DTYPES[dtype], *values, floor]) + " |")
+    summaries = {(s.operation, s.direction, s.dtype): s for s in summarise(rows)}
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        found = [summaries.get((*column, dtype)) for column in COLUMNS]
+        values = [f"**{s.speedup_geomean:.2f}x**" if s else "" for s in found]
+        block_mean = found[COLUMNS.index(("block", "forward"))]
+        floor = ""
+        if block_mean and block_mean.over_floor_geomean:
+            floor = f"**{block_mean.over_floor_geomean:.2f}**"
+        lines.append("| " + " | ".join(["geometric mean", DTYPES[dtype], *values, floor]) + " |")
+    if not all(contest.complete for contest in contests(rows)):
+        lines += ["", "\\* Compiled peers did not run here: the time for compiling was used up."]
+    return "\n".join(lines)
+
+
+def _cell(contest: Contest | None) -> str:
+    if contest is None:
+        return "not measured"
+    ours, best = contest.ours, contest.best
+    if ours.median_ms is None:
+        return ours.status
+    if best is None or contest.speedup is None:
+        return f"{ours.median_ms:.3g} ms, no right peer"
+    mark = "" if contest.complete else "\\*"
+    return f"{ours.median_ms:.3g} ms, {contest.speedup:.2f}x {best.contestant}{mark}"
+
+
+def replace_table(text: str, table: str) -> str:
+    """The text with everything between the two markers replaced.
+
+    Raises:
+        ValueError: the markers are not there once each, in this order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"expected {BEGIN} and, after it, {END}, once each")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.parse_args()
+    folders = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("*/results.json"))
+    folders = [folder for folder in folders if folder.name != "quick"]
+    readme = ROOT / "README.md"
+    table = "\n\n".join(device_table(*read(folder)) for folder in folders) or "Not measured yet."
+    try:
+        readme.write_text(replace_table(readme.read_text(), table))
+    except (OSError, ValueError) as error:
+        print(f"readme_table.py: README.md: {error}", file=sys.stderr)
+        return 2
+    print(f"README.md: the results of {len(folders)} devices")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""The benchmark's modules lie beside its scripts and are no package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -1,0 +1,283 @@
+"""Random problems of the operators, with their float64 truth and what plain PyTorch gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+import diffit_kernels as dk
+from diffit_kernels import reference
+from diffit_kernels.problem import WindowAttentionProblem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The largest error of a handful of numbers is luck: a problem is drawn as often as it takes for
+# its smallest output to have this many independent ones, and all draws are judged together.
+NUMBERS = 128
+
+Tensors = dict[str, Tensor]
+OptionalTensors = dict[str, Tensor | None]
+
+
+def _embed(x: Tensor, shape: tuple[int, ...], where: tuple[slice, ...]) -> Tensor:
+    """A view with the values of ``x`` on a larger tensor that is NaN around it."""
+    around = x.new_full(shape, torch.nan)
+    around[where] = x
+    return around[where]
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """The same values, the last dimension outermost in memory, with a NaN after each."""
+    return _embed(x.movedim(-1, 0), (x.shape[-1], *x.shape[:-1], 2), (..., 0)).movedim(0, -1)
+
+
+# Ways to store (B, L, C). Expanding repeats values, the others keep them.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "sliced channels": lambda x: _embed(
+        x, (*x.shape[:-1], x.shape[-1] + 8), (..., slice(3, x.shape[-1] + 3))
+    ),
+    "sliced tokens": lambda x: _embed(
+        x, (x.shape[0], 2 * x.shape[1] + 1, x.shape[2]), (slice(None), slice(1, None, 2))
+    ),
+    "every other channel": lambda x: _embed(
+        x, (*x.shape[:-1], 2 * x.shape[-1]), (..., slice(None, None, 2))
+    ),
+    "tokens first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "unaligned": lambda x: _embed(x.flatten(), (x.numel() + 1,), (slice(1, None),)).view(x.shape),
+    "expanded batch": lambda x: x[:1].expand_as(x),
+    "expanded tokens": lambda x: x[:, :1].expand_as(x),
+    "expanded scalar": lambda x: x[:1, :1, :1].expand_as(x),
+}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """``window_attention`` on ``windows`` (down, across) windows of random numbers.
+
+    ``scale`` is in units of head_dim ** -0.5. With ``constant`` all tokens of a sample are equal,
+    with ``strided`` the table and the rows are views with gaps.
+    """
+
+    window: tuple[int, int]
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+    windows: tuple[int, int] = (1, 1)
+    heads: int = 2
+    batch: int = 2
+    table: bool = True
+    q_row: bool = True
+    v_row: bool = True
+    scale: float = 1.0
+    constant: bool = False
+    strided: bool = False
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+
+    @property
+    def problem(self) -> WindowAttentionProblem:
+        grid = (self.window[0] * self.windows[0], self.window[1] * self.windows[1])
+        return WindowAttentionProblem(
+            self.batch, grid, self.window, self.heads, self.head_dim, self.dtype, "cpu"
+        )
+
+    @property
+    def arguments(self) -> tuple[int, tuple[int, int], tuple[int, int], float]:
+        """num_heads, window_size, grid_size and scale, as the operator takes them."""
+        return self.heads, self.window, self.problem.grid_size, self.scale * self.head_dim**-0.5
+
+    @property
+    def draws(self) -> int:
+        rows = self.batch * self.problem.dim
+        if self.constant or "expanded" in self.layout + self.grad_layout:
+            rows = self.batch * self.heads
+        # Large offsets in a window are rare, so their entries of the table are sums of few terms.
+        table = self.heads * self.problem.table_rows // 4
+        return _draws(rows, self.batch * self.heads * self.problem.tokens, table)
+
+    def inputs(self, draw: int = 0) -> OptionalTensors:
+        """qkv, rel_pos_table, q_row and v_row."""
+        problem, uniform = self.problem, _uniform(draw)
+        qkv = uniform(self.batch, problem.tokens, 3 * problem.dim).to(self.dtype)
+        if self.constant:
+            qkv = qkv[:, :1].repeat(1, problem.tokens, 1)
+        table = uniform(problem.table_rows, self.heads).to(problem.table_dtype)
+        q_row, v_row = (uniform(self.batch, problem.dim).to(self.dtype) for _ in range(2))
+        if self.strided:
+            table, q_row, v_row = map(with_gaps, (table, q_row, v_row))
+        return {
+            "qkv": LAYOUTS[self.layout](qkv),
+            "rel_pos_table": table if self.table else None,
+            "q_row": q_row if self.q_row else None,
+            "v_row": v_row if self.v_row else None,
+        }
+
+    def grad_out(self, draw: int = 0) -> Tensor:
+        problem = self.problem
+        grad = _uniform(-1 - draw)(self.batch, problem.tokens, problem.dim).to(self.dtype)
+        return LAYOUTS[self.grad_layout](grad)
+
+    def operator(self, draws: int | None = None) -> Tensors:
+        """What ``torch.ops.diffit.window_attention`` gives on the backend in use."""
+        return self._outputs(
+            lambda *tensors: torch.ops.diffit.window_attention(*tensors, *self.arguments),
+            draws=draws,
+        )
+
+    @cache
+    def plain(self) -> Tensors:
+        """The equations in PyTorch, differentiated by autograd, in the dtype of the case."""
+        return self._outputs(partial(_plain_attention, self))
+
+    @cache
+    def truth(self) -> Tensors:
+        """The equations in float64 on the same rounded inputs."""
+        exact = replace(self, dtype=torch.float64)
+        return self._outputs(partial(_plain_attention, exact), torch.Tensor.double)
+
+    def _outputs(
+        self,
+        forward: Callable[..., tuple[Tensor, Tensor]],
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+        draws: int | None = None,
+    ) -> Tensors:
+        outputs = [
+            attention_outputs(
+                forward,
+                {k: None if x is None else convert(x) for k, x in self.inputs(draw).items()},
+                convert(self.grad_out(draw)),
+            )
+            for draw in range(draws or self.draws)
+        ]
+        return _stack(outputs)
+
+
+def _plain_attention(case: AttentionCase, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    return reference.window_attention(case.problem, *tensors, case.arguments[-1])
+
+
+def attention_outputs(
+    forward: Callable[..., tuple[Tensor, Tensor]], inputs: OptionalTensors, grad_out: Tensor
+) -> Tensors:
+    """out, lse and the gradient of every input that is there."""
+    leaves = {k: None if x is None else x.detach().requires_grad_() for k, x in inputs.items()}
+    out, lse = forward(*leaves.values())
+    return {"out": out.detach(), "lse": lse.detach()} | gradients(out, leaves, grad_out)
+
+
+@dataclass(frozen=True)
+class MLPCase:
+    """``mlp`` on random numbers, weights scaled by the square root of their columns.
+
+    ``shape`` is that of x. With ``spread`` the first layer's bias runs evenly from -spread to it,
+    with ``strided`` weights and biases are views with gaps.
+    """
+
+    shape: tuple[int, ...]
+    hidden: int
+    out: int
+    dtype: torch.dtype = torch.float32
+    spread: float | None = None
+    strided: bool = False
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+
+    @property
+    def draws(self) -> int:
+        *lead, features = self.shape
+        rows = 1 if "expanded" in self.layout + self.grad_layout else math.prod(lead)
+        return _draws(rows * features, rows * self.out, self.hidden, self.out)
+
+    def inputs(self, draw: int = 0) -> Tensors:
+        """x, fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
+        uniform, features = _uniform(draw), self.shape[-1]
+        bias = uniform(self.hidden)
+        if self.spread is not None:
+            bias = torch.linspace(-self.spread, self.spread, self.hidden, dtype=torch.float64)
+        tensors = {
+            "x": uniform(*self.shape),
+            "fc1_weight": uniform(self.hidden, features) * features**-0.5,
+            "fc1_bias": bias,
+            "fc2_weight": uniform(self.out, self.hidden) * self.hidden**-0.5,
+            "fc2_bias": uniform(self.out),
+        }
+        tensors = {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
+        if self.strided:
+            tensors = {name: with_gaps(tensor) for name, tensor in tensors.items()}
+        tensors["x"] = LAYOUTS[self.layout](tensors["x"])
+        return tensors
+
+    def grad_y(self, draw: int = 0) -> Tensor:
+        grad = _uniform(-1 - draw)(*self.shape[:-1], self.out).to(self.dtype)
+        return LAYOUTS[self.grad_layout](grad)
+
+    def operator(self, draws: int | None = None) -> Tensors:
+        """What ``mlp`` gives on the backend in use."""
+        return self._outputs(dk.mlp, draws=draws)
+
+    @cache
+    def plain(self) -> Tensors:
+        """Linear, GELU, Linear of PyTorch in the dtype of the case."""
+        return self._outputs(plain_mlp)
+
+    @cache
+    def truth(self) -> Tensors:
+        """The same in float64 on the same rounded inputs."""
+        return self._outputs(plain_mlp, torch.Tensor.double)
+
+    def _outputs(
+        self,
+        forward: Callable[..., Tensor],
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+        draws: int | None = None,
+    ) -> Tensors:
+        outputs = [
+            mlp_outputs(
+                forward,
+                {name: convert(tensor) for name, tensor in self.inputs(draw).items()},
+                convert(self.grad_y(draw)),
+            )
+            for draw in range(draws or self.draws)
+        ]
+        return _stack(outputs)
+
+
+def plain_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return linear(gelu(linear(x, w1, b1), approximate="tanh"), w2, b2)
+
+
+def mlp_outputs(forward: Callable[..., Tensor], inputs: Tensors, grad_y: Tensor) -> Tensors:
+    """y and the gradient of every input."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    y = forward(*leaves.values())
+    return {"y": y.detach()} | gradients(y, leaves, grad_y)
+
+
+def gradients(out: Tensor, leaves: OptionalTensors, grad_out: Tensor) -> Tensors:
+    """``grad_<name>`` of every leaf that is there."""
+    present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    grads = torch.autograd.grad(out, list(present.values()), grad_out)
+    return {f"grad_{name}": grad for name, grad in zip(present, grads, strict=True)}
+
+
+def _draws(*output_sizes: int) -> int:
+    return math.ceil(NUMBERS / max(min(output_sizes), 1))
+
+
+def _stack(draws: list[Tensors]) -> Tensors:
+    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+
+def _uniform(seed: int) -> Callable[..., Tensor]:
+    """Mean 0, variance 1, and no outliers on which a largest error would hang."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: (
+        torch.rand(*shape, generator=generator, dtype=torch.float64) * 12**0.5 - 3**0.5
+    )

@@ -1,0 +1,55 @@
+"""Fixtures: the backends of this machine, and NaN in memory that nobody wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.backends import BACKENDS, FASTEST, running_on
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend and instruction set of this machine; operators run on it."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=FASTEST)
+def fastest_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend once, the compiled kernels on their fastest instruction set."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Threads wait for one another longer than they work on problems this small.
+
+    The tests of threads show that more of them give the same.
+    """
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads until the end of the test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory() -> Iterator[None]:
+    """Uninitialized memory reads as NaN, so an element that a kernel leaves out is seen."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def default_algorithms(nan_in_new_memory: None) -> None:
+    """PyTorch as users run it: no deterministic algorithms asked for, no NaN."""
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,160 @@
+"""The numeric rule for the perceptron, on every backend and instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import diffit_kernels as dk
+from tests.cases import DTYPES, LAYOUTS, MLPCase
+from tests.numeric_rule import assert_numeric_rule
+
+CASES = [
+    MLPCase((1, 5), 1, 1),
+    MLPCase((3, 7), 7, 3),
+    MLPCase((17, 24), 33, 24),
+    MLPCase((17, 1), 30, 5),
+    MLPCase((6,), 30, 7),
+    MLPCase((2, 3, 9), 100, 9),
+    MLPCase((2, 3, 5, 8), 64, 8),
+    MLPCase((129, 32), 127, 40),
+    MLPCase((2, 100, 64), 256, 64),
+]
+
+
+def name_of(value: object) -> str | None:
+    """Test ids that say the shape."""
+    if isinstance(value, MLPCase):
+        return f"{'x'.join(map(str, value.shape))}-{value.hidden}-{value.out}"
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def check(case: MLPCase) -> None:
+    assert_numeric_rule(case.operator(), case.plain(), case.truth())
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_shapes(backend: str, case: MLPCase, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument", ["layout", "grad_layout"])
+def test_layouts(backend: str, argument: str, layout: str, dtype: torch.dtype) -> None:
+    check(replace(MLPCase((2, 17, 24), 33, 24, dtype), **{argument: layout}))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_strided_weights_and_biases(backend: str, dtype: torch.dtype) -> None:
+    check(MLPCase((17, 24), 33, 24, dtype, strided=True))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("spread", [10.0, 1e4])
+def test_large_activations(backend: str, spread: float, dtype: torch.dtype) -> None:
+    check(MLPCase((5, 24), 201, 24, dtype, spread=spread))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_gelu_of_a_large_negative_number_is_zero(backend: str, dtype: torch.dtype) -> None:
+    """The most negative finite number of the dtype too: no inf times zero inside."""
+    case = MLPCase((5, 24), 33, 24, dtype)
+    x, w1, b1, w2, b2 = case.inputs().values()
+    lowest = torch.full_like(b1, torch.finfo(dtype).min)
+    assert torch.equal(dk.mlp(x * 0, w1, lowest, w2, b2), b2.expand(5, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_nan_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
+    # Inner dimensions are multiples of 8: for others, oneDNN's bfloat16 product on AMX multiplies
+    # the next row's numbers by zero, which a NaN survives.
+    x, *weights = MLPCase((17, 24), 64, 24, dtype).inputs().values()
+    broken = x.clone()
+    broken[3, 5] = torch.nan
+    after, before = dk.mlp(broken, *weights), dk.mlp(x, *weights)
+    assert after[3].isnan().all()
+    others = torch.arange(17) != 3
+    assert torch.equal(after[others], before[others])
+
+
+small_cases = st.builds(
+    MLPCase,
+    shape=st.builds(
+        lambda lead, features: (*lead, features),
+        st.lists(st.integers(1, 7), max_size=3),
+        st.integers(1, 40),
+    ),
+    hidden=st.integers(1, 80),
+    out=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+)
+
+
+# The fixture chooses one backend for all examples, so it need not be made anew for each.
+@settings(
+    derandomize=True,
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=small_cases)
+def test_random_cases(backend: str, case: MLPCase) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_two_calls_are_equal(backend: str, default_algorithms: None, dtype: torch.dtype) -> None:
+    case = MLPCase((2, 100, 64), 256, 64, dtype)
+    first, second = (case.operator(draws=1) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads(
+    backend: str, threads: Callable[[int], None], count: int, dtype: torch.dtype
+) -> None:
+    threads(count)
+    check(MLPCase((2, 100, 64), 250, 64, dtype))
+
+
+def test_without_gradients_the_result_is_the_same(backend: str) -> None:
+    inputs = MLPCase((17, 24), 33, 24).inputs()
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    with torch.no_grad():
+        inference = dk.mlp(*leaves)
+    assert torch.equal(inference, dk.mlp(*leaves))
+
+
+# The longest sum here has fewer than 2 ** 10 terms; four products follow one another.
+FLOAT64_ROUNDING = 2**12 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_reference_is_the_formula_and_its_derivative(case: MLPCase) -> None:
+    case = replace(case, dtype=torch.float64)
+    with dk.use_backend("reference"):
+        explicit = case.operator()
+    for name, exact in case.plain().items():
+        error = (explicit[name] - exact).abs().max()
+        assert error <= FLOAT64_ROUNDING * exact.abs().max(), name
+
+
+def test_gradcheck() -> None:
+    inputs = MLPCase((2, 3, 4), 5, 3, torch.float64).inputs()
+    with dk.use_backend("reference"):
+        assert torch.autograd.gradcheck(dk.mlp, [x.requires_grad_() for x in inputs.values()])

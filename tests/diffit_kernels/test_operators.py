@@ -1,0 +1,262 @@
+"""The contract of ``torch.ops.diffit.*`` with PyTorch: opcheck, autograd, compile, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import diffit_kernels as dk
+from diffit.nn import TMSA, DiffiTBlock, TMSA2d
+from tests.cases import AttentionCase, MLPCase
+from tests.numeric_rule import assert_numeric_rule
+
+Case = TypeVar("Case", AttentionCase, MLPCase)
+
+CASE = AttentionCase((3, 5), 8, windows=(2, 1))
+MLP = MLPCase((2, 5, 8), 16, 8)
+LAYOUTS = ["contiguous", "channels first", "tokens first", "sliced channels"]
+
+
+def opcheck(operator: torch._ops.OpOverloadPacket, *arguments: object) -> None:
+    utilities = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
+    torch.library.opcheck(operator.default, arguments, test_utils=utilities)
+
+
+def _in_layout(case: Case, layout: str, dtype: torch.dtype) -> Case:
+    strided = layout != "contiguous"
+    return replace(case, layout=layout, grad_layout=layout, dtype=dtype, strided=strided)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_window_attention(fastest_backend: str, layout: str, dtype: torch.dtype) -> None:
+    case = _in_layout(CASE, layout, dtype)
+    inputs = [tensor.detach().requires_grad_() for tensor in case.inputs().values()]
+    opcheck(torch.ops.diffit.window_attention, *inputs, *case.arguments)
+    opcheck(torch.ops.diffit.window_attention, inputs[0], None, None, None, *case.arguments)
+
+    inputs = [tensor.detach() for tensor in inputs]
+    grad_out = case.grad_out()
+    for present in (inputs, [inputs[0], None, None, None]):
+        saved = torch.ops.diffit.window_attention(*present, *case.arguments)
+        opcheck(
+            torch.ops.diffit.window_attention_backward, grad_out, *present, *saved, *case.arguments
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_mlp(fastest_backend: str, layout: str, dtype: torch.dtype) -> None:
+    case = _in_layout(MLP, layout, dtype)
+    inputs = [tensor.detach().requires_grad_() for tensor in case.inputs().values()]
+    opcheck(torch.ops.diffit.mlp, *inputs, True)
+    with torch.no_grad():
+        opcheck(torch.ops.diffit.mlp, *inputs, False)
+
+    inputs = [tensor.detach() for tensor in inputs]
+    _, hidden = torch.ops.diffit.mlp(*inputs, True)
+    opcheck(torch.ops.diffit.mlp_backward, case.grad_y(), *inputs, hidden)
+
+
+def test_the_result_is_contiguous(fastest_backend: str) -> None:
+    for layout in LAYOUTS:
+        inputs = replace(CASE, layout=layout).inputs().values()
+        out, lse = torch.ops.diffit.window_attention(*inputs, *CASE.arguments)
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        assert dk.mlp(*replace(MLP, layout=layout).inputs().values()).is_contiguous()
+
+
+def test_only_the_gradients_asked_for(fastest_backend: str) -> None:
+    """Every input alone: its gradient is that of the call that asks for all."""
+    expected = CASE.operator()
+    for name in CASE.inputs():
+        inputs = CASE.inputs()
+        inputs[name].requires_grad_()
+        out, _ = torch.ops.diffit.window_attention(*inputs.values(), *CASE.arguments)
+        (grad,) = torch.autograd.grad(out, inputs[name], CASE.grad_out())
+        assert torch.equal(grad, expected[f"grad_{name}"][0]), name
+
+    expected = MLP.operator()
+    for name in MLP.inputs():
+        inputs = MLP.inputs()
+        inputs[name].requires_grad_()
+        (grad,) = torch.autograd.grad(dk.mlp(**inputs), inputs[name], MLP.grad_y())
+        assert torch.equal(grad, expected[f"grad_{name}"][0]), name
+
+
+@pytest.mark.parametrize("operator", ["window_attention", "mlp"])
+def test_a_second_derivative_is_refused(fastest_backend: str, operator: str) -> None:
+    """There is none; a wrong one would be silent."""
+    if operator == "mlp":
+        leaf, *others = MLP.inputs().values()
+        out = dk.mlp(leaf.requires_grad_(), *others)
+    else:
+        leaf, *others = CASE.inputs().values()
+        out, _ = torch.ops.diffit.window_attention(leaf.requires_grad_(), *others, *CASE.arguments)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{operator}_backward"):
+        grad.sum().backward()
+
+
+# --- torch.compile
+
+
+def _layer(name: str) -> tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]]]:
+    """A layer and its inputs for a batch."""
+    torch.manual_seed(0)
+    options = {"temb_dim": 6, "window_size": (2, 3)}
+    generator = torch.Generator().manual_seed(1)
+    shape = (16, 4, 3) if name == "TMSA2d" else (12, 16)
+
+    def inputs(batch: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(batch, *shape, generator=generator)
+        return x.requires_grad_(), torch.randn(batch, 6, generator=generator).requires_grad_()
+
+    if name == "TMSA2d":
+        return TMSA2d(16, 2, **options), inputs
+    kind = TMSA if name == "TMSA" else DiffiTBlock
+    return _OnGrid(kind(16, 2, **options), (4, 3)), inputs
+
+
+class _OnGrid(nn.Module):
+    def __init__(self, layer: nn.Module, grid_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.grid_size = grid_size
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.layer(x, temb, grid_size=self.grid_size)
+
+
+def _outputs(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Tensor]:
+    """y and the gradients of sum(y ** 2) with respect to inputs and parameters."""
+    y = call(*inputs)
+    names = ["x", "temb", *(name for name, _ in module.named_parameters())]
+    grads = torch.autograd.grad(y.square().sum(), [*inputs, *module.parameters()])
+    return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["TMSA", "TMSA2d", "DiffiTBlock"])
+def test_compiled_equals_eager(fastest_backend: str, fresh_compiler: None, name: str) -> None:
+    """One graph, forward and backward, no further from float64 than the rule allows."""
+    module, inputs = _layer(name)
+    tensors = inputs(2)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    got = _outputs(module, compiled, *tensors)
+    eager = _outputs(module, module, *tensors)
+    exact = deepcopy(module).double()
+    with dk.use_backend("reference"):
+        truth = _outputs(exact, exact, *(x.detach().double().requires_grad_() for x in tensors))
+    assert_numeric_rule(got, eager, truth)
+
+
+def test_inductor(fastest_backend: str, fresh_compiler: None) -> None:
+    module, inputs = _layer("DiffiTBlock")
+    tensors = inputs(2)
+    got = _outputs(module, torch.compile(module, fullgraph=True), *tensors)
+    eager = _outputs(module, module, *tensors)
+    exact = deepcopy(module).double()
+    with dk.use_backend("reference"):
+        truth = _outputs(exact, exact, *(x.detach().double().requires_grad_() for x in tensors))
+    assert_numeric_rule(got, eager, truth)
+
+
+@pytest.mark.parametrize("name", ["TMSA", "TMSA2d", "DiffiTBlock"])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_another_batch_does_not_recompile(
+    fastest_backend: str, fresh_compiler: None, dynamic: bool | None, name: str
+) -> None:
+    """``dynamic=True``: one graph for every batch. Default: the second batch makes it dynamic."""
+    module, inputs = _layer(name)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for batch in (2,) if dynamic else (2, 3):
+        compiled(*inputs(batch)).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (5, 4, 7):
+            tensors = inputs(batch)
+            y = compiled(*tensors)
+            y.sum().backward()
+            torch.testing.assert_close(y, module(*tensors))
+
+
+# --- autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_operators(fastest_backend: str, dtype: torch.dtype) -> None:
+    """Results in autocast's dtype; the table stays float32, and so do the gradients."""
+    tensors = {name: x.requires_grad_() for name, x in CASE.inputs().items()}
+    with torch.autocast("cpu", dtype):
+        out, lse = torch.ops.diffit.window_attention(*tensors.values(), *CASE.arguments)
+        y = dk.mlp(*MLP.inputs().values())
+    assert out.dtype == y.dtype == dtype
+    assert lse.dtype == torch.float32
+    out.sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in tensors.values())
+
+    rounded = {k: x if k == "rel_pos_table" else x.to(dtype) for k, x in CASE.inputs().items()}
+    expected, _ = torch.ops.diffit.window_attention(*rounded.values(), *CASE.arguments)
+    assert torch.equal(out, expected)
+    rounded = [x.to(dtype) for x in MLP.inputs().values()]
+    assert torch.equal(y, dk.mlp(*rounded))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    inputs = replace(CASE, dtype=torch.float64).inputs().values()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = torch.ops.diffit.window_attention(*inputs, *CASE.arguments)
+    assert out.dtype == lse.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["TMSA", "TMSA2d", "DiffiTBlock"])
+def test_autocast_layers(fastest_backend: str, name: str) -> None:
+    """bfloat16 inside, float32 parameters with float32 gradients."""
+    module, inputs = _layer(name)
+    x, temb = inputs(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x, temb)
+    # The residual stream of a block stays float32.
+    assert y.dtype == (torch.float32 if name == "DiffiTBlock" else torch.bfloat16)
+    y.sum().backward()
+    for leaf in (x, temb, *module.parameters()):
+        assert leaf.grad.dtype == torch.float32
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad.any()
+
+
+def test_autocast_compiled(fastest_backend: str, fresh_compiler: None) -> None:
+    module, inputs = _layer("DiffiTBlock")
+    x, temb = inputs(2)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x, temb), module(x, temb))
+
+
+def test_nothing_is_computed_on_meta() -> None:
+    with torch.device("meta"):
+        qkv, table = torch.empty(2, 30, 48), torch.empty(45, 2)
+    out = dk.window_attention(qkv, table, num_heads=2, window_size=(3, 5), grid_size=(6, 5))
+    assert out.device.type == "meta"
+    assert out.shape == (2, 30, 16)
+    x, weight, bias = (torch.empty(*shape, device="meta") for shape in ((3, 8), (8, 8), (8,)))
+    assert dk.mlp(x, weight, bias, weight, bias).shape == linear(x, weight).shape
