@@ -106,7 +106,8 @@ private:
     size_t size_ = 0;
 };
 
-// Calls each(item, scratch) for every item, in any order, on up to `threads` threads.
+// Calls each(item, scratch) for every item, in any order, on up to `threads` threads. The scratch
+// memory of a thread is zero at its first item.
 template <class Each>
 void for_each_item(const Kernels& kernels, int64_t items, size_t scratch_bytes, int threads,
                    const Each& each) {
@@ -122,6 +123,7 @@ void for_each_item(const Kernels& kernels, int64_t items, size_t scratch_bytes, 
 #pragma omp atomic write
             failed = true;
         }
+        if (memory) std::memset(memory, 0, scratch_bytes);
         kernels.enter();
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < items; ++item)

@@ -72,7 +72,7 @@ struct TokenSum {
 struct Kernels {
     void (*enter)();
     void (*leave)();
-    size_t (*forward_scratch)(const WindowAttention&);  // bytes, 64-byte aligned
+    size_t (*forward_scratch)(const WindowAttention&);  // bytes, zero at first
     size_t (*backward_scratch)(const WindowAttention&);
     void (*forward)(const WindowAttention&, int64_t item, char* scratch);
     void (*backward)(const WindowAttention&, int64_t item, char* scratch);

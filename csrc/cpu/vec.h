@@ -120,20 +120,43 @@ inline void store(fp16* p, vf x) {
 }
 
 // The first n <= W elements; the other lanes are 0.
+#if defined(__AVX512F__)
+
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline vf load(const bf16* p, int n) {
+    const vh x = (vh)_mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return (vf)(__builtin_convertvector(x, vu) << 16);
+}
+inline vf load(const fp16* p, int n) {
+    return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+inline void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x); }
 template <class T>
-__attribute__((always_inline)) inline vf load(const T* p, int n) {
+inline void store(T* p, vf x, int n) {
+    vh half;
+    store(reinterpret_cast<T*>(&half), x);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)half);
+}
+
+#else
+
+template <class T>
+inline vf load(const T* p, int n) {
     if (n == W) return load(p);
     T lanes[W] = {};
     std::memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
 }
 template <class T>
-__attribute__((always_inline)) inline void store(T* p, vf x, int n) {
+inline void store(T* p, vf x, int n) {
     if (n == W) return store(p, x);
     T lanes[W];
     store(lanes, x);
     std::memcpy(p, lanes, n * sizeof(T));
 }
+
+#endif
 
 // 2^x for x <= 128; 2^-125 for anything below -125; NaN stays NaN. The relative error is below
 // 2e-7, or below 1.1e-4 in `brief`, for results that are rounded to bfloat16.

@@ -24,7 +24,8 @@ namespace {
 constexpr double log2_e = 1.4426950408889634;
 constexpr float ln_2 = 0.693147181f;
 
-// Takes pieces off a block of scratch memory.
+// Takes pieces off a block of scratch memory. The memory is zero when a thread begins, and an item
+// leaves what pads its operands at 0.
 struct Arena {
     uintptr_t base;
     size_t used = 0;
@@ -278,7 +279,6 @@ struct Forward {
 
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Forward f(p, scratch);
-        std::memset(scratch, 0, f.arena.used);
         f.o.layout.fill(p);
         const int64_t head = item % p.heads, first = item / p.heads * p.chunk;
         for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) f.window(p, w, head);
@@ -371,7 +371,6 @@ struct Backward {
 
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Backward b(p, scratch);
-        std::memset(scratch, 0, b.arena.used);
         b.o.layout.fill(p);
         const int64_t head = item % p.heads, chunk = item / p.heads, first = chunk * p.chunk;
         for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) {
@@ -513,6 +512,7 @@ struct Backward {
         }
     }
 
+    // Adds up onto the table, and leaves the sums at 0 for the next item.
     void fold_bias(const WindowAttention& p, double* table) const {
         const int64_t ww = s.ww, rows = 2 * p.window_height - 1;
         std::memset(table, 0, p.table_rows() * sizeof(double));
@@ -521,6 +521,7 @@ struct Backward {
                 for (int64_t xi = 0; xi < ww; ++xi)
                     table[dy * (2 * ww - 1) + xi - xj + ww - 1] +=
                         grad_bias_total[(xj * rows + dy) * ww + xi];
+        std::memset(grad_bias_total, 0, bias_size * sizeof(double));
     }
 };
 
