@@ -135,11 +135,16 @@ void for_each_item(const Kernels& kernels, int64_t items, size_t scratch_bytes, 
 
 const Kernels& kernels(DType dtype) { return current()->kernels[static_cast<int>(dtype)]; }
 
-// Work is cut by the problem alone, so that results do not depend on the number of threads: about
-// 1024 tokens to an item, less where that leaves fewer than 64 items.
+// Work is cut by the problem alone, so that results do not depend on the number of threads. An item
+// takes the heads of a small window together, since their rows share cache lines and pages, and
+// about 1024 tokens in all; less where that leaves few items, more where it makes too many parts to
+// add up.
 void cut(WindowAttention& p) {
-    const int64_t wanted = std::max<int64_t>(1, 1024 / p.window_tokens());
-    p.chunk = std::clamp<int64_t>(p.windows() * p.heads / 64, 1, wanted);
+    p.group = std::clamp<int64_t>(256 / p.window_tokens(), 1, p.heads);
+    while (p.heads % p.group) --p.group;
+    const int64_t wanted = std::max<int64_t>(1, 1024 / (p.window_tokens() * p.group));
+    const int64_t most = std::max<int64_t>(1, p.windows() * (p.heads / p.group) / 64);
+    p.chunk = std::max(std::min(wanted, most), (p.windows() + 255) / 256);
 }
 
 // The bias as the kernels read it (see window_attention.h), in base 2; one row of zeros without a
@@ -197,7 +202,7 @@ void window_attention_backward(WindowAttention p, int threads) {
     cut(p);
     const std::vector<float> bias = expand_bias(p);
     p.bias = bias.data();
-    std::vector<double> part(p.grad_table ? p.items() * p.table_rows() : 0);
+    std::vector<double> part(p.grad_table ? p.chunks() * p.heads * p.table_rows() : 0);
     p.grad_table_part = part.data();
     for_each_item(k, p.items(), k.backward_scratch(p), threads,
                   [&](int64_t item, char* scratch) { k.backward(p, item, scratch); });

@@ -32,7 +32,7 @@ struct WindowAttention {
     const float* bias;       // expanded bias, see expand_bias
     int64_t bias_stride;     // from head to head
     double* grad_table_part;  // (chunks, heads, table rows), or null
-    int64_t chunk;           // windows in one item of work
+    int64_t chunk, group;    // windows and heads in one item of work
 
     int64_t tokens() const { return height * width; }
     int64_t dim() const { return heads * head_dim; }
@@ -40,8 +40,8 @@ struct WindowAttention {
     int64_t windows() const { return batch * (tokens() / window_tokens()); }
     int64_t chunks() const { return (windows() + chunk - 1) / chunk; }
     int64_t table_rows() const { return (2 * window_height - 1) * (2 * window_width - 1); }
-    // One item of work: a head of a chunk of windows. Heads vary fastest.
-    int64_t items() const { return chunks() * heads; }
+    // Groups of heads vary fastest.
+    int64_t items() const { return chunks() * (heads / group); }
 };
 
 // gelu(hidden + bias) over (rows, features), and its gradient.

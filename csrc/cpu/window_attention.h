@@ -1,5 +1,5 @@
-// Forward and backward of windowed attention with a relative position bias, for one head of a
-// chunk of windows.
+// Forward and backward of windowed attention with a relative position bias, for a group of heads of
+// a chunk of windows.
 //
 // Everything is computed transposed: logits S^T (keys, queries), a block of queries in the lanes
 // of a vector, so that softmax and delta need no horizontal sums. Logits are in base
@@ -78,26 +78,39 @@ struct Layout {
     }
 };
 
-struct Place {
-    int64_t sample, token;  // the first token of a window
+// One head of one window, and where it begins.
+struct Block {
+    int64_t window, head, sample, token, column;
+
+    Block(const WindowAttention& p, int64_t window, int64_t head) : window(window), head(head) {
+        const int64_t per_sample = p.windows() / p.batch, columns = p.width / p.window_width;
+        const int64_t y = window % per_sample / columns, x = window % columns;
+        sample = window / per_sample;
+        token = y * p.window_height * p.width + x * p.window_width;
+        column = head * p.head_dim;
+    }
+
+    // The one that is computed next, or itself at the end.
+    Block next(const WindowAttention& p) const {
+        if ((head + 1) % p.group) return {p, window, head + 1};
+        if (window + 1 == p.windows()) return *this;
+        return {p, window + 1, head + 1 - p.group};
+    }
+
+    // Its first element in an input (B, L, ...).
+    template <class T>
+    const T* of(const void* x, int64_t stride_batch, int64_t stride_token) const {
+        return static_cast<const T*>(x) + sample * stride_batch + token * stride_token + column;
+    }
 };
 
-inline Place place(const WindowAttention& p, int64_t window) {
-    const int64_t per_sample = p.windows() / p.batch, columns = p.width / p.window_width;
-    const int64_t y = window % per_sample / columns, x = window % columns;
-    return {window / per_sample, y * p.window_height * p.width + x * p.window_width};
-}
-
-inline Place next_place(const WindowAttention& p, int64_t window) {
-    return place(p, window + 1 < p.windows() ? window + 1 : window);
-}
-
-// Element of an input (B, L, ...) at the first token of a window and a head's first column.
-template <class T>
-inline const T* at(const void* x, int64_t stride_batch, int64_t stride_token, Place place,
-                   int64_t column) {
-    return static_cast<const T*>(x) + place.sample * stride_batch + place.token * stride_token +
-           column;
+// Calls each(block) for the blocks of an item, heads fastest.
+template <class Each>
+inline void for_each_block(const WindowAttention& p, int64_t item, const Each& each) {
+    const int64_t groups = p.heads / p.group, head = item % groups * p.group;
+    const int64_t first = item / groups * p.chunk;
+    for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w)
+        for (int64_t h = head; h < head + p.group; ++h) each(Block(p, w, h));
 }
 
 // out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
@@ -230,7 +243,7 @@ inline void with_vectors(int n, const F& f) {
 constexpr int sum_block = 32;
 
 // p = exp2(logits + bias - top) as B, with the maximum and the sum over the keys. Calls
-// prefetch(0), prefetch(1), ... on the way: the rows of a head lie far apart, no hardware
+// prefetch(0), prefetch(1), ... on the way: the next block's rows lie far apart, no hardware
 // prefetcher follows them, and here they arrive behind the arithmetic.
 template <class E, int NV, class Prefetch>
 inline void softmax(const Sizes<E>& s, float* logits, const float* bias, const int32_t* row,
@@ -280,15 +293,14 @@ struct Forward {
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Forward f(p, scratch);
         f.o.layout.fill(p);
-        const int64_t head = item % p.heads, first = item / p.heads * p.chunk;
-        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) f.window(p, w, head);
+        for_each_block(p, item, [&](const Block& block) { f.run(p, block); });
     }
 
-    void window(const WindowAttention& p, int64_t index, int64_t head) {
-        const auto [sample, token] = place(p, index);
-        const int64_t stride = p.qkv_stride_token, column = head * s.d;
-        const T* q = at<T>(p.qkv, p.qkv_stride_batch, stride, {sample, token}, column);
-        const T* next = at<T>(p.qkv, p.qkv_stride_batch, stride, next_place(p, index), column);
+    void run(const WindowAttention& p, const Block& block) {
+        const auto [window, head, sample, token, column] = block;
+        const int64_t stride = p.qkv_stride_token;
+        const T* q = block.of<T>(p.qkv, p.qkv_stride_batch, stride);
+        const T* next = block.next(p).template of<T>(p.qkv, p.qkv_stride_batch, stride);
         T* out = static_cast<T*>(p.out) + (sample * p.tokens() + token) * p.dim() + column;
         float* lse = p.lse + (sample * p.heads + head) * p.tokens() + token;
         const int64_t* tokens = o.layout.token;
@@ -347,7 +359,7 @@ struct Backward {
     B *grads_t, *grads_b, *queries_b, *grad_logits_b;
     float *grad_probabilities, *grad_keys, *grad_values, *grad_bias;
     double* grad_bias_total;
-    int64_t bias_size;
+    int64_t bias_size, bias_sums_size;  // of a head, of the group
 
     Backward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
         const int64_t window = int64_t(s.m_pad) * s.d_pad, block = round_up(NQ, E::pad) * s.d_pad;
@@ -363,8 +375,9 @@ struct Backward {
         grad_keys = arena.take<float>(window);
         grad_values = arena.take<float>(window);
         bias_size = (p.table ? s.ww * (2 * p.window_height - 1) * s.ww : s.M) + bias_slack;
-        grad_bias = arena.take<float>(bias_size);
-        grad_bias_total = arena.take<double>(bias_size);
+        grad_bias = arena.take<float>(p.group * bias_size);
+        grad_bias_total = arena.take<double>(p.group * bias_size);
+        bias_sums_size = p.group * bias_size;
     }
 
     static size_t scratch(const WindowAttention& p) { return Backward(p, nullptr).arena.used; }
@@ -372,28 +385,28 @@ struct Backward {
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Backward b(p, scratch);
         b.o.layout.fill(p);
-        const int64_t head = item % p.heads, chunk = item / p.heads, first = chunk * p.chunk;
-        for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) {
-            b.window(p, w, head);
-            if (p.grad_table && (w - first) % 4 == 3) b.flush_bias();
-        }
-        if (p.grad_table) {
-            b.flush_bias();
-            b.fold_bias(p, p.grad_table_part + (chunk * p.heads + head) * p.table_rows());
-        }
+        int64_t blocks = 0;
+        for_each_block(p, item, [&](const Block& block) {
+            b.run(p, block);
+            if (p.grad_table && ++blocks % (4 * p.group) == 0) b.flush_bias();
+        });
+        if (!p.grad_table) return;
+        b.flush_bias();
+        const int64_t groups = p.heads / p.group;
+        b.fold_bias(p, p.grad_table_part + item / groups * p.heads * p.table_rows(),
+                    item % groups * p.group);
     }
 
-    void window(const WindowAttention& p, int64_t index, int64_t head) {
-        const auto [sample, token] = place(p, index);
+    void run(const WindowAttention& p, const Block& block) {
+        const auto [window, head, sample, token, column] = block;
         const int64_t stride = p.qkv_stride_token, grad_stride = p.grad_out_stride_token;
-        const int64_t column = head * s.d, dim = p.dim();
-        const Place here{sample, token}, next = next_place(p, index);
-        const T* q = at<T>(p.qkv, p.qkv_stride_batch, stride, here, column);
-        const T* grad_out =
-            at<T>(p.grad_out, p.grad_out_stride_batch, grad_stride, here, column);
-        const T* next_q = at<T>(p.qkv, p.qkv_stride_batch, stride, next, column);
-        const T* next_grad_out =
-            at<T>(p.grad_out, p.grad_out_stride_batch, grad_stride, next, column);
+        const int64_t dim = p.dim();
+        const Block next = block.next(p);
+        const T* q = block.of<T>(p.qkv, p.qkv_stride_batch, stride);
+        const T* grad_out = block.of<T>(p.grad_out, p.grad_out_stride_batch, grad_stride);
+        const T* next_q = next.of<T>(p.qkv, p.qkv_stride_batch, stride);
+        const T* next_grad_out = next.of<T>(p.grad_out, p.grad_out_stride_batch, grad_stride);
+        float* bias_sums = grad_bias + head % p.group * bias_size;
         T* grad_q = static_cast<T*>(p.grad_qkv) + (sample * p.tokens() + token) * 3 * dim + column;
         const int64_t* tokens = o.layout.token;
         const int columns = round_up(s.d, W);
@@ -426,7 +439,7 @@ struct Backward {
             const int64_t shift = p.table ? first : 0;
             const float* bias = p.bias + head * p.bias_stride + shift;
             with_vectors<E::vectors>(lanes / W, [&](auto n) {
-                grad_softmax<n>(bias, grad_bias + shift, prefetch);
+                grad_softmax<n>(bias, bias_sums + shift, prefetch);
             });
 
             // dV += P^T dO, dK += dS^T Q
@@ -506,22 +519,26 @@ struct Backward {
 
     // Sums over a few windows go on in double precision: there may be many thousands of them.
     void flush_bias() const {
-        for (int64_t i = 0; i < bias_size; ++i) {
+        for (int64_t i = 0; i < bias_sums_size; ++i) {
             grad_bias_total[i] += grad_bias[i];
             grad_bias[i] = 0;
         }
     }
 
-    // Adds up onto the table, and leaves the sums at 0 for the next item.
-    void fold_bias(const WindowAttention& p, double* table) const {
+    // Adds up the group onto its heads of (heads, table rows), and leaves the sums at 0.
+    void fold_bias(const WindowAttention& p, double* tables, int64_t first_head) const {
         const int64_t ww = s.ww, rows = 2 * p.window_height - 1;
-        std::memset(table, 0, p.table_rows() * sizeof(double));
-        for (int64_t xj = 0; xj < ww; ++xj)
-            for (int64_t dy = 0; dy < rows; ++dy)
-                for (int64_t xi = 0; xi < ww; ++xi)
-                    table[dy * (2 * ww - 1) + xi - xj + ww - 1] +=
-                        grad_bias_total[(xj * rows + dy) * ww + xi];
-        std::memset(grad_bias_total, 0, bias_size * sizeof(double));
+        for (int64_t h = 0; h < p.group; ++h) {
+            double* table = tables + (first_head + h) * p.table_rows();
+            const double* total = grad_bias_total + h * bias_size;
+            std::memset(table, 0, p.table_rows() * sizeof(double));
+            for (int64_t xj = 0; xj < ww; ++xj)
+                for (int64_t dy = 0; dy < rows; ++dy)
+                    for (int64_t xi = 0; xi < ww; ++xi)
+                        table[dy * (2 * ww - 1) + xi - xj + ww - 1] +=
+                            total[(xj * rows + dy) * ww + xi];
+        }
+        std::memset(grad_bias_total, 0, bias_sums_size * sizeof(double));
     }
 };
 

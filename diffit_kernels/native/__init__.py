@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
 
@@ -23,6 +22,10 @@ except ImportError as error:
         f"the compiled module could not be loaded ({error}); "
         "reinstall with a C++17 compiler on the path"
     )
+
+# Most of the hidden layer that exists at once in inference. Small enough for the C library to reuse
+# the memory instead of returning it to the system, large enough to keep the products efficient.
+_HIDDEN_BYTES = 16 * 2**20
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -184,18 +187,27 @@ def mlp(
     fc2_bias: Tensor,
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As the reference; one pass over the hidden layer, in place where it is not saved."""
-    hidden = linear(x.reshape(problem.rows, -1), fc1_weight)
+    """As the reference; GELU runs in place on a part of the hidden layer where none is saved."""
+    shape, x = x.shape[:-1], x.reshape(problem.rows, -1)
     bias = fc1_bias.contiguous()
+    y = x.new_empty(problem.rows, problem.out_features)
+    step = problem.rows
+    if not save_hidden:
+        step = min(step, max(1, _HIDDEN_BYTES // (problem.hidden_features * x.itemsize)))
+    hidden = x.new_empty(step, problem.hidden_features)
     activation = torch.empty_like(hidden) if save_hidden else hidden
-    _module.bias_gelu(
-        (problem.rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
-        hidden.data_ptr(),
-        bias.data_ptr(),
-        activation.data_ptr(),
-    )
-    y = linear(activation, fc2_weight, fc2_bias).reshape(*x.shape[:-1], problem.out_features)
-    return y, hidden if save_hidden else None
+    for start in range(0, problem.rows, step):
+        part = slice(start, start + step)
+        rows = min(step, problem.rows - start)
+        torch.mm(x[part], fc1_weight.t(), out=hidden[:rows])
+        _module.bias_gelu(
+            (rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
+            hidden.data_ptr(),
+            bias.data_ptr(),
+            activation.data_ptr(),
+        )
+        torch.addmm(fc2_bias, activation[:rows], fc2_weight.t(), out=y[part])
+    return y.reshape(*shape, problem.out_features), hidden if save_hidden else None
 
 
 def mlp_backward(
