@@ -23,9 +23,10 @@ except ImportError as error:
         "reinstall with a C++17 compiler on the path"
     )
 
-# Most of the hidden layer that exists at once in inference. Small enough for the C library to reuse
-# the memory instead of returning it to the system, large enough to keep the products efficient.
-_HIDDEN_BYTES = 16 * 2**20
+# About how much of the hidden layer of an MLP exists at once in inference: little enough to stay in
+# cache between the products, and for the C library to reuse the memory instead of returning it to
+# the system. It grows with the weights, which the products read anew for each part.
+_HIDDEN_BYTES = 8 * 2**20
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -193,7 +194,8 @@ def mlp(
     y = x.new_empty(problem.rows, problem.out_features)
     step = problem.rows
     if not save_hidden:
-        step = min(step, max(1, _HIDDEN_BYTES // (problem.hidden_features * x.itemsize)))
+        part_bytes = max(_HIDDEN_BYTES, 2 * fc1_weight.nbytes)
+        step = min(step, max(1, part_bytes // (problem.hidden_features * x.itemsize)))
     hidden = x.new_empty(step, problem.hidden_features)
     activation = torch.empty_like(hidden) if save_hidden else hidden
     for start in range(0, problem.rows, step):
