@@ -148,22 +148,27 @@ void cut(WindowAttention& p) {
 }
 
 // The bias as the kernels read it (see window_attention.h), in base 2; one row of zeros without a
-// table.
-std::vector<float> expand_bias(WindowAttention& p) {
-    const int64_t wh = p.window_height, ww = p.window_width, rows = 2 * wh - 1;
-    if (!p.table) {
-        p.bias_stride = 0;
-        return std::vector<float>(bias_slack, 0.0f);
-    }
-    p.bias_stride = ww * rows * ww;
-    std::vector<float> bias(p.heads * p.bias_stride + bias_slack, 0.0f);
-    for (int64_t h = 0; h < p.heads; ++h)
+// table. The memory is kept by the calling thread.
+void expand_bias(WindowAttention& p, int threads) {
+    static thread_local Scratch scratch;
+    const int64_t wh = p.window_height, ww = p.window_width, rows = 2 * wh - 1, row = 2 * ww - 1;
+    const int64_t heads = p.table ? p.heads : 0;
+    p.bias_stride = p.table ? ww * rows * ww : 0;
+    const int64_t size = heads * p.bias_stride + bias_slack, table_size = p.table_rows();
+    float* bias =
+        reinterpret_cast<float*>(scratch.reserve((size + heads * table_size) * sizeof(float)));
+    std::fill_n(bias + size - bias_slack, bias_slack, 0.0f);
+#pragma omp parallel for num_threads(threads) if (heads > 1 && threads > 1)
+    for (int64_t h = 0; h < heads; ++h) {
+        float* column = bias + size + h * table_size;
+        for (int64_t r = 0; r < table_size; ++r)
+            column[r] = p.table[r * p.heads + h] * 1.44269504f;
+        float* out = bias + h * p.bias_stride;
         for (int64_t xj = 0; xj < ww; ++xj)
-            for (int64_t dy = 0; dy < rows; ++dy)
-                for (int64_t xi = 0; xi < ww; ++xi)
-                    bias[h * p.bias_stride + (xj * rows + dy) * ww + xi] =
-                        p.table[(dy * (2 * ww - 1) + xi - xj + ww - 1) * p.heads + h] * 1.44269504f;
-    return bias;
+            for (int64_t dy = 0; dy < rows; ++dy, out += ww)
+                std::copy_n(column + dy * row + ww - 1 - xj, ww, out);
+    }
+    p.bias = bias;
 }
 
 }  // namespace
@@ -191,8 +196,7 @@ void set_instruction_set(const std::string& name) {
 void window_attention(WindowAttention p, int threads) {
     const Kernels& k = kernels(p.dtype);
     cut(p);
-    const std::vector<float> bias = expand_bias(p);
-    p.bias = bias.data();
+    expand_bias(p, threads);
     for_each_item(k, p.items(), k.forward_scratch(p), threads,
                   [&](int64_t item, char* scratch) { k.forward(p, item, scratch); });
 }
@@ -200,8 +204,7 @@ void window_attention(WindowAttention p, int threads) {
 void window_attention_backward(WindowAttention p, int threads) {
     const Kernels& k = kernels(p.dtype);
     cut(p);
-    const std::vector<float> bias = expand_bias(p);
-    p.bias = bias.data();
+    expand_bias(p, threads);
     std::vector<double> part(p.grad_table ? p.chunks() * p.heads * p.table_rows() : 0);
     p.grad_table_part = part.data();
     for_each_item(k, p.items(), k.backward_scratch(p), threads,

@@ -126,8 +126,8 @@ struct Bfloat16Engine {
     static const B* rows_as_b(const A* a, int lda, int rows, int columns, B* b) {
         for (int r = 0; r < rows; r += 2) {
             for (int c = 0; c < columns; c += W) {
-                const vu low = __builtin_convertvector(load_half(a + r * lda + c), vu);
-                const vu high = __builtin_convertvector(load_half(a + (r + 1) * lda + c), vu);
+                const vu low = widen(load_half(a + r * lda + c));
+                const vu high = widen(load_half(a + (r + 1) * lda + c));
                 store(reinterpret_cast<float*>(b + r / 2 * lda + c), (vf)(low | (high << 16)));
             }
         }

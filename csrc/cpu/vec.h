@@ -58,6 +58,24 @@ inline vh load_half(const void* p) {
     return x;
 }
 
+// Conversions for which compilers have no single instruction unless it is named.
+inline vu widen(vh x) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, vu);
+#endif
+}
+inline vh narrow(vu x) {
+#if defined(__AVX512F__)
+    return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, vh);
+#endif
+}
+
 // a where it is larger, else b; b where either is NaN.
 inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
@@ -69,7 +87,7 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
-inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_half(p), vu) << 16); }
+inline vf load(const bf16* p) { return (vf)(widen(load_half(p)) << 16); }
 
 inline void store(bf16* p, vf x) {
 #if defined(__AVX512BF16__)
@@ -79,7 +97,7 @@ inline void store(bf16* p, vf x) {
     const vu u = (vu)x;
     const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const vu nan = (vu)(x != x);
-    const vh h = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), vh);
+    const vh h = narrow((rounded & ~nan) | (0x7fc0 & nan));
     std::memcpy(p, &h, sizeof h);
 #endif
 }
@@ -90,7 +108,7 @@ inline vf load(const fp16* p) {
 #elif defined(__F16C__)
     return (vf)_mm256_cvtph_ps((__m128i)load_half(p));
 #else
-    const vu h = __builtin_convertvector(load_half(p), vu);
+    const vu h = widen(load_half(p));
     const vu magnitude = h & 0x7fff;
     const vf x = (vf)(magnitude << 13) * 0x1p112f;  // right for subnormal numbers too
     const vu special = (vu)(magnitude >= 0x7c00) & 0x7f800000u;
@@ -114,7 +132,7 @@ inline void store(fp16* p, vf x) {
     const vu is_large = (vu)((vf)magnitude >= 65520.0f);
     vu h = (small & is_small) | (normal & ~is_small);
     h = (h & ~(is_large | is_nan)) | (0x7c00 & is_large) | (0x7e00 & is_nan);
-    const vh bits = __builtin_convertvector(h | (((vu)x >> 16) & 0x8000), vh);
+    const vh bits = narrow(h | (((vu)x >> 16) & 0x8000));
     std::memcpy(p, &bits, sizeof bits);
 #endif
 }
@@ -126,7 +144,7 @@ inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 
 inline vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }
 inline vf load(const bf16* p, int n) {
     const vh x = (vh)_mm256_maskz_loadu_epi16(first_lanes(n), p);
-    return (vf)(__builtin_convertvector(x, vu) << 16);
+    return (vf)(widen(x) << 16);
 }
 inline vf load(const fp16* p, int n) {
     return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
