@@ -2,8 +2,8 @@
 // a chunk of windows.
 //
 // Everything is computed transposed: logits S^T (keys, queries), a block of queries in the lanes
-// of a vector, so that softmax and delta need no horizontal sums. Logits are in base
-// 2: log2(e) is folded into q and into the bias.
+// of a vector, so that softmax and delta need no horizontal sums. Logits are in base 2: log2(e) is
+// folded into q and into the bias.
 //
 // The bias is expanded once per call so that a row of S^T reads it contiguously. For one column
 // xj of keys, with dy = yi - yj,
@@ -204,7 +204,7 @@ struct Operands {
                       const int64_t* token, int count) const {
         for (int r = 0; r < count; ++r)
             convert_row(packed(queries + r * s.d_pad), q + token[r] * p.qkv_stride_token, q_row,
-                           static_cast<float>(p.scale * log2_e), s.d);
+                        static_cast<float>(p.scale * log2_e), s.d);
         std::memset(queries + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
         columns_as_b<E>(queries, s.d_pad, NQ, s.d_k, queries_t, NQ);
     }
@@ -341,8 +341,8 @@ struct Forward {
             }
             transpose(o.result, NQ, o.transposed, s.d_pad, round_up(s.d, W), lanes);
             for (int r = 0; r < count; ++r)
-                convert_row(out + tokens[first + r] * p.dim(),
-                                      o.transposed + r * s.d_pad, v_row, 1.0f, s.d);
+                convert_row(out + tokens[first + r] * p.dim(), o.transposed + r * s.d_pad, v_row,
+                            1.0f, s.d);
         }
     }
 };
@@ -421,13 +421,13 @@ struct Backward {
             const int count = s.M - first < NQ ? s.M - first : NQ;
             const int lanes = round_up(count, W);
             o.template pack_queries<T>(p, s, q, tokens + first, count);
-            pack<E>(grads, s.d_pad, grad_out, grad_stride, tokens + first, count, s.d);
             const auto prefetch = [&](int r) {
                 if (r >= count) return;
                 const T* row = next_q + tokens[first + r] * stride;
                 for (int part = 0; part < 3; ++part) prefetch_row(row + part * dim, s.d);
                 prefetch_row(next_grad_out + tokens[first + r] * grad_stride, s.d);
             };
+            pack<E>(grads, s.d_pad, grad_out, grad_stride, tokens + first, count, s.d);
             std::memset(grads + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
             columns_as_b<E>(grads, s.d_pad, NQ, s.d_k, grads_t, NQ);
 
@@ -455,8 +455,8 @@ struct Backward {
                                     o.result, NQ);
             transpose(o.result, NQ, o.transposed, s.d_pad, columns, lanes);
             for (int r = 0; r < count; ++r)
-                convert_row(grad_q + tokens[first + r] * 3 * dim,
-                                      o.transposed + r * s.d_pad, nullptr, p.scale, s.d);
+                convert_row(grad_q + tokens[first + r] * 3 * dim, o.transposed + r * s.d_pad,
+                            nullptr, p.scale, s.d);
         }
         for (int j = 0; j < s.M; ++j) {
             T* grad = grad_q + tokens[j] * 3 * dim;
