@@ -15,7 +15,7 @@ constexpr float two_u = 1.59576912f;        // 2 sqrt(2/pi)
 constexpr float cubic = 0.044715f;
 
 struct Gate {
-    vf open, closed;  // s(x) and 1 - s(x), each to full relative precision
+    vf open, closed;  // s(x) and 1 - s(x), each to full relative precision; both 0 where s underflows
 };
 
 template <class T>

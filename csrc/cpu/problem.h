@@ -87,7 +87,7 @@ struct InstructionSet {
     Kernels kernels[3];  // by DType
 };
 
-// Lanes that a kernel may read or write past the end of the expanded bias.
+// Lanes that a kernel may touch past the end of the expanded bias, and of its gradient in scratch.
 constexpr int64_t bias_slack = 64;
 
 }  // namespace diffit

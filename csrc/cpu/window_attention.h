@@ -13,6 +13,7 @@
 // scatter, no atomics.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "gemm.h"
@@ -25,7 +26,8 @@ constexpr double log2_e = 1.4426950408889634;
 constexpr float ln_2 = 0.693147181f;
 
 // Takes pieces off a block of scratch memory. The memory is zero when a thread begins, and an item
-// leaves what pads its operands at 0.
+// leaves what pads keys, values and queries at 0. Lanes of P and dS past the last query hold other
+// finite numbers; they meet zero rows of dO and Q.
 struct Arena {
     uintptr_t base;
     size_t used = 0;
@@ -359,7 +361,8 @@ struct Backward {
     B *grads_t, *grads_b, *queries_b, *grad_logits_b;
     float *grad_probabilities, *grad_keys, *grad_values, *grad_bias;
     double* grad_bias_total;
-    int64_t bias_size, bias_sums_size;  // of a head, of the group
+    int64_t bias_size;       // of a head
+    int64_t bias_sums_size;  // of the group
 
     Backward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
         const int64_t window = int64_t(s.m_pad) * s.d_pad, block = round_up(NQ, E::pad) * s.d_pad;
@@ -439,7 +442,7 @@ struct Backward {
             const int64_t shift = p.table ? first : 0;
             const float* bias = p.bias + head * p.bias_stride + shift;
             with_vectors<E::vectors>(lanes / W, [&](auto n) {
-                grad_softmax<n>(bias, bias_sums + shift, prefetch);
+                grad_softmax<n>(bias, bias_sums + shift, count, prefetch);
             });
 
             // dV += P^T dO, dK += dS^T Q
@@ -469,10 +472,16 @@ struct Backward {
     // P = softmax(S), delta = sum over keys of P dP, dS = P (dP - delta). The softmax is computed
     // again rather than from the log-sum-exp, whose rounding would scale whole rows of P.
     template <int NV, class Prefetch>
-    void grad_softmax(const float* bias, float* grad_bias_row, const Prefetch& prefetch) const {
+    void grad_softmax(const float* bias, float* grad_bias_row, int count,
+                      const Prefetch& prefetch) const {
         const int32_t* row = o.layout.bias;
         vf top[NV], sum[NV] = {}, delta[NV] = {}, x[NV], y[NV];
         add_bias<E, NV>(s, o.logits, bias, row, top);
+        // Lanes past the last query see the bias of no query. If it is -inf all over, P must still be
+        // a number there, since products multiply it by the zero rows of dO and Q.
+        float least[NQ];
+        for (int r = 0; r < NQ; ++r) least[r] = r < count ? -INFINITY : -FLT_MAX;
+        for (int v = 0; v < NV; ++v) top[v] = max(load(least + v * W), top[v]);
         for (int first = 0; first < s.M; first += sum_block) {
             vf sum_part[NV] = {}, delta_part[NV] = {};
             for (int j = first; j < s.M && j < first + sum_block; ++j) {

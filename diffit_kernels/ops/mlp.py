@@ -85,9 +85,10 @@ def _backward(
     require_shape("grad_y", grad_y, (*x.shape[:-1], problem.out_features))
     require_like("hidden", hidden, x.dtype, x)
     require_shape("hidden", hidden, (problem.rows, problem.hidden_features))
-    return select(problem).mlp_backward(
-        problem, grad_y, x, fc1_weight, fc1_bias, fc2_weight, hidden
-    )
+    with torch.autocast(problem.device_type, enabled=False):
+        return select(problem).mlp_backward(
+            problem, grad_y, x, fc1_weight, fc1_bias, fc2_weight, hidden
+        )
 
 
 @_backward.register_fake

@@ -60,6 +60,10 @@ def window_attention(
     """
     if qkv.dim() != 3:
         raise ValueError(f"qkv: expected (B, L, 3C), got shape {tuple(qkv.shape)}")
+    if not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an integer, got {num_heads!r}")
+    if not isinstance(scale, int | float | None):
+        raise TypeError(f"scale: expected a number or None, got {scale!r}")
     window = as_pair("window_size", window_size)
     grid = as_grid(grid_size, qkv.shape[1], window)
     if scale is None:
@@ -163,9 +167,10 @@ def _backward(
         require_shape(name, tensor, (problem.batch, problem.tokens, problem.dim))
     require_like("lse", lse, problem.table_dtype, qkv)
     require_shape("lse", lse, (problem.batch, problem.num_heads, problem.tokens))
-    grad_qkv, grad_table, grad_q_row, grad_v_row = select(problem).window_attention_backward(
-        problem, grad_out, qkv, rel_pos_table, q_row, v_row, out, lse, scale
-    )
+    with torch.autocast(problem.device_type, enabled=False):
+        grad_qkv, grad_table, grad_q_row, grad_v_row = select(problem).window_attention_backward(
+            problem, grad_out, qkv, rel_pos_table, q_row, v_row, out, lse, scale
+        )
     return (
         grad_qkv,
         qkv.new_empty(0, dtype=problem.table_dtype) if grad_table is None else grad_table,

@@ -221,6 +221,22 @@ def test_autocast_operators(fastest_backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(y, dk.mlp(*rounded))
 
 
+def test_backward_inside_autocast(fastest_backend: str) -> None:
+    """Autocast at the time of the backward pass changes nothing in it."""
+    attention = {name: x.requires_grad_() for name, x in CASE.inputs().items()}
+    perceptron = {name: x.requires_grad_() for name, x in MLP.inputs().items()}
+    out, _ = torch.ops.diffit.window_attention(*attention.values(), *CASE.arguments)
+    for result, leaves in ((out, attention), (dk.mlp(*perceptron.values()), perceptron)):
+        grads = [
+            torch.autograd.grad(result, list(leaves.values()), result.detach(), retain_graph=True)
+        ]
+        with torch.autocast("cpu", torch.bfloat16):
+            grads.append(torch.autograd.grad(result, list(leaves.values()), result.detach()))
+        for outside, inside in zip(*grads, strict=True):
+            assert inside.dtype == torch.float32
+            assert torch.equal(inside, outside)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     inputs = replace(CASE, dtype=torch.float64).inputs().values()
     with torch.autocast("cpu", torch.bfloat16):

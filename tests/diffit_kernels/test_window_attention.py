@@ -160,6 +160,21 @@ def test_non_finite_token_stays_in_its_window(
         assert torch.equal(one.isfinite(), truth.isfinite())
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("window", [(3, 5), (7, 7)], ids=str)
+def test_bias_that_masks(backend: str, window: tuple[int, int], dtype: torch.dtype) -> None:
+    """-inf in the table takes distant keys away, and leaves every gradient finite."""
+    case = AttentionCase(window, 16, windows=(1, 2), dtype=dtype)
+    inputs = case.inputs()
+    dy, dx = (torch.arange(1 - side, side).abs() > 1 for side in window)
+    inputs["rel_pos_table"][(dy[:, None] | dx).flatten()] = -torch.inf
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    out, _ = torch.ops.diffit.window_attention(*leaves.values(), *case.arguments)
+    grads = torch.autograd.grad(out, list(leaves.values()), case.grad_out().to(out.dtype))
+    assert all(tensor.isfinite().all() for tensor in (out, *grads))
+
+
 def _out_and_grad_qkv(
     case: AttentionCase, inputs: dict[str, torch.Tensor], on_reference: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
