@@ -80,35 +80,34 @@ def tmsa(
         if tensor is not None:
             require_like(name, tensor, tensor.dtype if autocast.is_active(x) else x.dtype, x)
             require_shape(name, tensor, shape)
-    q_row, v_row = (
-        _row(slice(part * dim, (part + 1) * dim), batch, temb, qkv_bias, temb_weight, temb_bias)
-        for part in (0, 2)
-    )
+    row = _row(batch, temb, qkv_bias, temb_weight, temb_bias)
     out = window_attention(
         linear(x, qkv_weight),
         rel_pos_table,
         num_heads=num_heads,
         window_size=window_size,
         grid_size=grid_size,
-        q_row=q_row,
-        v_row=v_row,
+        q_row=None if row is None else row[:, :dim],
+        v_row=None if row is None else row[:, 2 * dim :],
         scale=scale,
     )
     return linear(out, proj_weight, proj_bias)
 
 
 def _row(
-    part: slice,
     batch: int,
     temb: Tensor | None,
     qkv_bias: Tensor | None,
     temb_weight: Tensor | None,
     temb_bias: Tensor | None,
 ) -> Tensor | None:
-    """(B, C): what bias and time token add to every token's q or v."""
-    biases = [bias[part] for bias in (qkv_bias, temb_bias) if bias is not None]
+    """(B, 3C): what biases and time token add to every token's q, k and v.
+
+    The part of k is computed too: one product is rounded once, and its gradient needs no slices.
+    """
+    biases = [bias for bias in (qkv_bias, temb_bias) if bias is not None]
     bias = sum(biases[1:], biases[0]) if biases else None
     if temb is None or temb_weight is None:
         return None if bias is None else bias.expand(batch, -1)
-    row = linear(temb, temb_weight[part], bias)
+    row = linear(temb, temb_weight, bias)
     return row if row.shape[0] == batch else row.repeat_interleave(batch // row.shape[0], dim=0)
