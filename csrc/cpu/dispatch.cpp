@@ -136,11 +136,11 @@ void for_each_item(const Kernels& kernels, int64_t items, size_t scratch_bytes, 
 const Kernels& kernels(DType dtype) { return current()->kernels[static_cast<int>(dtype)]; }
 
 // Work is cut by the problem alone, so that results do not depend on the number of threads. An item
-// takes the heads of a small window together, since their rows share cache lines and pages, and
-// about 1024 tokens in all; less where that leaves few items, more where it makes too many parts to
-// add up.
+// takes the heads of a small window together, since their rows lie side by side, and about 1024 tokens
+// in all; less where that leaves few items, more where it makes too many parts to add up.
 void cut(WindowAttention& p) {
-    p.group = std::clamp<int64_t>(256 / p.window_tokens(), 1, p.heads);
+    const int64_t few = p.windows() * p.heads / 32;
+    p.group = std::clamp<int64_t>(std::min(512 / p.window_tokens(), few), 1, p.heads);
     while (p.heads % p.group) --p.group;
     const int64_t wanted = std::max<int64_t>(1, 1024 / (p.window_tokens() * p.group));
     const int64_t most = std::max<int64_t>(1, p.windows() * (p.heads / p.group) / 64);

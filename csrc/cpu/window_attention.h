@@ -49,7 +49,6 @@ struct Sizes {
     int M, d, ww;
     int m_rows, m_k, m_pad;  // window tokens as rows of A, as k, and as packed
     int d_rows, d_k, d_pad;  // head width likewise
-    int q_k = round_up(NQ, E::k_align);
 
     explicit Sizes(const WindowAttention& p)
         : M(p.window_tokens()), d(p.head_dim), ww(p.window_width),
@@ -80,11 +79,11 @@ struct Layout {
     }
 };
 
-// One head of one window, and where it begins.
-struct Block {
+// A group of heads of one window, and where it begins.
+struct Group {
     int64_t window, head, sample, token, column;
 
-    Block(const WindowAttention& p, int64_t window, int64_t head) : window(window), head(head) {
+    Group(const WindowAttention& p, int64_t window, int64_t head) : window(window), head(head) {
         const int64_t per_sample = p.windows() / p.batch, columns = p.width / p.window_width;
         const int64_t y = window % per_sample / columns, x = window % columns;
         sample = window / per_sample;
@@ -93,10 +92,8 @@ struct Block {
     }
 
     // The one that is computed next, or itself at the end.
-    Block next(const WindowAttention& p) const {
-        if ((head + 1) % p.group) return {p, window, head + 1};
-        if (window + 1 == p.windows()) return *this;
-        return {p, window + 1, head + 1 - p.group};
+    Group next(const WindowAttention& p) const {
+        return {p, window + 1 < p.windows() ? window + 1 : window, head};
     }
 
     // Its first element in an input (B, L, ...).
@@ -106,13 +103,12 @@ struct Block {
     }
 };
 
-// Calls each(block) for the blocks of an item, heads fastest.
+// Calls each(group) for the windows of an item.
 template <class Each>
-inline void for_each_block(const WindowAttention& p, int64_t item, const Each& each) {
+inline void for_each_window(const WindowAttention& p, int64_t item, const Each& each) {
     const int64_t groups = p.heads / p.group, head = item % groups * p.group;
     const int64_t first = item / groups * p.chunk;
-    for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w)
-        for (int64_t h = head; h < head + p.group; ++h) each(Block(p, w, h));
+    for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) each(Group(p, w, head));
 }
 
 // out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
@@ -136,21 +132,62 @@ inline void copy_row(bf16* out, const bf16* x, int d) {
     for (int c = 0; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
 }
 
-template <class T>
+// With `write`, for a row that will be stored.
+template <int write = 0, class T>
 inline void prefetch_row(const T* x, int d) {
-    for (int c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c);
+    for (int c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c, write);
 }
 
 inline float* packed(float* a) { return a; }
 inline bf16* packed(uint16_t* a) { return reinterpret_cast<bf16*>(a); }
 
-// Rows of A from tokens.
-template <class E, class T>
-inline void pack(typename E::A* a, int lda, const T* x, int64_t stride, const int64_t* token,
-                 int rows, int d) {
-    for (int r = 0; r < rows; ++r)
-        copy_row(packed(a + r * lda), x + token[r] * stride, d);
-}
+// Walks over the rows of the next window while this one is computed, in the order of memory: one row
+// for every `blocks` calls, so that the calls of all heads and blocks of queries take each row once.
+class Ahead {
+public:
+    Ahead(int heads, int blocks) : heads_(heads), blocks_(blocks) {}
+
+    // touch(token of the window, head of the group)
+    template <class Touch>
+    void step(const Touch& touch) {
+        if (++calls_ < blocks_) return;
+        calls_ = 0;
+        touch(token_, head_);
+        if (++head_ < heads_) return;
+        head_ = 0;
+        ++token_;
+    }
+
+private:
+    int heads_, blocks_, calls_ = 0, head_ = 0, token_ = 0;
+};
+
+// The rows of a group of heads, one head after the other.
+template <class A>
+struct Rows {
+    A* data;
+    int64_t head_stride;
+    int stride;
+
+    Rows(Arena& arena, int64_t heads, int rows, int stride)
+        : data(arena.take<A>(heads * rows * stride)), head_stride(int64_t(rows) * stride),
+          stride(stride) {}
+
+    A* head(int64_t h) const { return data + h * head_stride; }
+
+    // Row r of every head from x (heads, d), in the order of memory.
+    template <class T>
+    void copy(int64_t r, const T* x, int64_t heads, int d) const {
+        for (int64_t h = 0; h < heads; ++h) copy_row(packed(head(h) + r * stride), x + h * d, d);
+    }
+    // The same of scale * (x + add).
+    template <class T>
+    void convert(int64_t r, const T* x, const float* add, float scale, int64_t heads,
+                 int d) const {
+        for (int64_t h = 0; h < heads; ++h)
+            convert_row(packed(head(h) + r * stride), x + h * d, add + h * d, scale, d);
+    }
+};
 
 // a^T as B: k over the columns of a.
 template <class E>
@@ -169,7 +206,7 @@ inline void columns_as_a(const typename E::A* a, int lda, int rows, int columns,
 
 // Row of a sample, as floats; zeros where there is none.
 template <class T>
-inline void load_row(float* out, const void* row, int64_t offset, int d) {
+inline void load_row(float* out, const void* row, int64_t offset, int64_t d) {
     if (row) {
         copy_row(out, static_cast<const T*>(row) + offset, d);
     } else {
@@ -177,38 +214,41 @@ inline void load_row(float* out, const void* row, int64_t offset, int d) {
     }
 }
 
-// Operands that do not depend on the block of queries, and the block's queries.
+// Packed rows of a group of heads of a window, and what a block of queries needs.
 template <class E>
 struct Operands {
     static constexpr int NQ = block_of<E>;
     using A = typename E::A;
     using B = typename E::B;
     Layout layout;
-    A *keys, *values, *queries;
+    Rows<A> queries, keys, values;
     B *queries_t, *spare;
     float *q_row, *logits, *result, *transposed;
 
-    Operands(Arena& arena, const WindowAttention& p, const Sizes<E>& s) : layout(arena, p) {
-        keys = arena.take<A>(int64_t(s.m_pad) * s.d_pad);
-        values = arena.take<A>(int64_t(s.m_pad) * s.d_pad);
-        queries = arena.take<A>(round_up(NQ, E::pad) * s.d_pad);
+    Operands(Arena& arena, const WindowAttention& p, const Sizes<E>& s)
+        : layout(arena, p), queries(arena, p.group, s.m_pad, s.d_pad),
+          keys(arena, p.group, s.m_pad, s.d_pad), values(arena, p.group, s.m_pad, s.d_pad) {
         queries_t = arena.take<B>(round_up(s.d_pad, W * E::pair) * NQ);
         spare = arena.take<B>(int64_t(s.m_pad > NQ ? s.m_pad : NQ) * s.d_pad);
-        q_row = arena.take<float>(s.d_pad + W);
+        q_row = arena.take<float>(p.group * s.d + W);
         logits = arena.take<float>(int64_t(s.m_pad) * NQ);
         result = arena.take<float>(int64_t(s.d_pad) * NQ);
         transposed = arena.take<float>(int64_t(s.d_pad) * NQ);
     }
 
-    // queries and queries_t of `count` queries from `first`, in base 2.
+    // The group's rows; queries in base 2. Memory is read in its own order, all heads of a token
+    // together: the hardware follows that, and by heads it would come at half the speed.
     template <class T>
-    void pack_queries(const WindowAttention& p, const Sizes<E>& s, const T* q,
-                      const int64_t* token, int count) const {
-        for (int r = 0; r < count; ++r)
-            convert_row(packed(queries + r * s.d_pad), q + token[r] * p.qkv_stride_token, q_row,
-                        static_cast<float>(p.scale * log2_e), s.d);
-        std::memset(queries + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
-        columns_as_b<E>(queries, s.d_pad, NQ, s.d_k, queries_t, NQ);
+    void pack(const WindowAttention& p, const Sizes<E>& s, const Group& group) const {
+        const T* q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
+        const float scale = static_cast<float>(p.scale * log2_e);
+        load_row<T>(q_row, p.q_row, group.sample * p.dim() + group.column, p.group * s.d);
+        for (int r = 0; r < s.M; ++r) {
+            const T* row = q + layout.token[r] * p.qkv_stride_token;
+            queries.convert(r, row, q_row, scale, p.group, s.d);
+            keys.copy(r, row + p.dim(), p.group, s.d);
+            values.copy(r, row + 2 * p.dim(), p.group, s.d);
+        }
     }
 };
 
@@ -287,7 +327,7 @@ struct Forward {
     Forward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
         values_t = arena.take<typename E::A>(int64_t(s.d_pad) * s.m_pad);
         probabilities = arena.take<typename E::B>(int64_t(s.m_pad) * NQ);
-        v_row = arena.take<float>(s.d_pad + W);
+        v_row = arena.take<float>(p.group * s.d + W);
     }
 
     static size_t scratch(const WindowAttention& p) { return Forward(p, nullptr).arena.used; }
@@ -295,35 +335,37 @@ struct Forward {
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Forward f(p, scratch);
         f.o.layout.fill(p);
-        for_each_block(p, item, [&](const Block& block) { f.run(p, block); });
+        for_each_window(p, item, [&](const Group& group) {
+            f.o.template pack<T>(p, f.s, group);
+            load_row<T>(f.v_row, p.v_row, group.sample * p.dim() + group.column, p.group * f.s.d);
+            Ahead ahead(static_cast<int>(p.group), (f.s.M + NQ - 1) / NQ);
+            for (int64_t h = 0; h < p.group; ++h) f.run(p, group, h, ahead);
+        });
     }
 
-    void run(const WindowAttention& p, const Block& block) {
-        const auto [window, head, sample, token, column] = block;
-        const int64_t stride = p.qkv_stride_token;
-        const T* q = block.of<T>(p.qkv, p.qkv_stride_batch, stride);
-        const T* next = block.next(p).template of<T>(p.qkv, p.qkv_stride_batch, stride);
-        T* out = static_cast<T*>(p.out) + (sample * p.tokens() + token) * p.dim() + column;
-        float* lse = p.lse + (sample * p.heads + head) * p.tokens() + token;
-        const int64_t* tokens = o.layout.token;
-        pack<E>(o.keys, s.d_pad, q + p.dim(), stride, tokens, s.M, s.d);
-        pack<E>(o.values, s.d_pad, q + 2 * p.dim(), stride, tokens, s.M, s.d);
-        columns_as_a<E>(o.values, s.d_pad, s.m_pad, s.d_pad, values_t, s.m_pad, o.spare);
-        load_row<T>(o.q_row, p.q_row, sample * p.dim() + column, s.d);
-        load_row<T>(v_row, p.v_row, sample * p.dim() + column, s.d);
+    void run(const WindowAttention& p, const Group& group, int64_t h, Ahead& ahead) {
+        const int64_t head = group.head + h, *tokens = o.layout.token;
+        const T* next = group.next(p).template of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
+        T* out = static_cast<T*>(p.out) + (group.sample * p.tokens() + group.token) * p.dim() +
+                 head * s.d;
+        float* lse = p.lse + (group.sample * p.heads + head) * p.tokens() + group.token;
+        columns_as_a<E>(o.values.head(h), s.d_pad, s.m_pad, s.d_pad, values_t, s.m_pad, o.spare);
 
         for (int first = 0; first < s.M; first += NQ) {
             const int count = s.M - first < NQ ? s.M - first : NQ;
             const int lanes = round_up(count, W);
             const float* bias = p.bias + head * p.bias_stride + (p.table ? first : 0);
             const auto prefetch = [&](int r) {
-                if (r >= count) return;
-                const T* row = next + tokens[first + r] * stride;
-                for (int part = 0; part < 3; ++part) prefetch_row(row + part * p.dim(), s.d);
+                ahead.step([&](int token, int head) {
+                    const T* row = next + tokens[token] * p.qkv_stride_token + head * s.d;
+                    for (int part = 0; part < 3; ++part) prefetch_row(row + part * p.dim(), s.d);
+                });
+                if (r < count) prefetch_row<1>(out + tokens[first + r] * p.dim(), s.d);
             };
-            o.template pack_queries<T>(p, s, q, tokens + first, count);
-            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.keys, s.d_pad, o.queries_t, NQ,
-                                    o.logits, NQ);
+            columns_as_b<E>(o.queries.head(h) + first * s.d_pad, s.d_pad, lanes, s.d_k,
+                            o.queries_t, NQ);
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.keys.head(h), s.d_pad, o.queries_t,
+                                    NQ, o.logits, NQ);
             vf top[E::vectors], sum[E::vectors];
             with_vectors<E::vectors>(lanes / W, [&](auto n) {
                 softmax<E, n>(s, o.logits, bias, o.layout.bias, probabilities, top, sum, prefetch);
@@ -343,8 +385,8 @@ struct Forward {
             }
             transpose(o.result, NQ, o.transposed, s.d_pad, round_up(s.d, W), lanes);
             for (int r = 0; r < count; ++r)
-                convert_row(out + tokens[first + r] * p.dim(), o.transposed + r * s.d_pad, v_row,
-                            1.0f, s.d);
+                convert_row(out + tokens[first + r] * p.dim(), o.transposed + r * s.d_pad,
+                            v_row + h * s.d, 1.0f, s.d);
         }
     }
 };
@@ -357,17 +399,18 @@ struct Backward {
     Arena arena;
     Sizes<E> s;
     Operands<E> o;
-    A *keys_t, *grads, *probabilities, *grad_logits;
+    Rows<A> grads;
+    A *keys_t, *probabilities, *grad_logits;
     B *grads_t, *grads_b, *queries_b, *grad_logits_b;
     float *grad_probabilities, *grad_keys, *grad_values, *grad_bias;
     double* grad_bias_total;
     int64_t bias_size;       // of a head
     int64_t bias_sums_size;  // of the group
 
-    Backward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
+    Backward(const WindowAttention& p, char* scratch)
+        : arena(scratch), s(p), o(arena, p, s), grads(arena, p.group, s.m_pad, s.d_pad) {
         const int64_t window = int64_t(s.m_pad) * s.d_pad, block = round_up(NQ, E::pad) * s.d_pad;
         keys_t = arena.take<A>(window);
-        grads = arena.take<A>(block);
         grads_t = arena.take<B>(round_up(s.d_pad, W * E::pair) * NQ);
         grads_b = arena.take<B>(block);
         queries_b = arena.take<B>(block);
@@ -388,10 +431,13 @@ struct Backward {
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Backward b(p, scratch);
         b.o.layout.fill(p);
-        int64_t blocks = 0;
-        for_each_block(p, item, [&](const Block& block) {
-            b.run(p, block);
-            if (p.grad_table && ++blocks % (4 * p.group) == 0) b.flush_bias();
+        int64_t windows = 0;
+        for_each_window(p, item, [&](const Group& group) {
+            b.o.template pack<T>(p, b.s, group);
+            b.pack_grads(p, group);
+            Ahead ahead(static_cast<int>(p.group), (b.s.M + NQ - 1) / NQ);
+            for (int64_t h = 0; h < p.group; ++h) b.run(p, group, h, ahead);
+            if (p.grad_table && ++windows % 4 == 0) b.flush_bias();
         });
         if (!p.grad_table) return;
         b.flush_bias();
@@ -400,44 +446,51 @@ struct Backward {
                     item % groups * p.group);
     }
 
-    void run(const WindowAttention& p, const Block& block) {
-        const auto [window, head, sample, token, column] = block;
-        const int64_t stride = p.qkv_stride_token, grad_stride = p.grad_out_stride_token;
-        const int64_t dim = p.dim();
-        const Block next = block.next(p);
-        const T* q = block.of<T>(p.qkv, p.qkv_stride_batch, stride);
-        const T* grad_out = block.of<T>(p.grad_out, p.grad_out_stride_batch, grad_stride);
-        const T* next_q = next.of<T>(p.qkv, p.qkv_stride_batch, stride);
-        const T* next_grad_out = next.of<T>(p.grad_out, p.grad_out_stride_batch, grad_stride);
-        float* bias_sums = grad_bias + head % p.group * bias_size;
-        T* grad_q = static_cast<T*>(p.grad_qkv) + (sample * p.tokens() + token) * 3 * dim + column;
-        const int64_t* tokens = o.layout.token;
+    void pack_grads(const WindowAttention& p, const Group& group) const {
+        const T* grad = group.of<T>(p.grad_out, p.grad_out_stride_batch, p.grad_out_stride_token);
+        for (int r = 0; r < s.M; ++r)
+            grads.copy(r, grad + o.layout.token[r] * p.grad_out_stride_token, p.group, s.d);
+    }
+
+    void run(const WindowAttention& p, const Group& group, int64_t h, Ahead& ahead) {
+        const int64_t head = group.head + h, dim = p.dim(), *tokens = o.layout.token;
+        const Group next = group.next(p);
+        const T* next_q = next.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
+        const T* next_grad =
+            next.of<T>(p.grad_out, p.grad_out_stride_batch, p.grad_out_stride_token);
+        const A *keys = o.keys.head(h), *values = o.values.head(h);
+        float* bias_sums = grad_bias + h * bias_size;
+        T* grad_q = static_cast<T*>(p.grad_qkv) +
+                    (group.sample * p.tokens() + group.token) * 3 * dim + head * s.d;
         const int columns = round_up(s.d, W);
-        pack<E>(o.keys, s.d_pad, q + dim, stride, tokens, s.M, s.d);
-        pack<E>(o.values, s.d_pad, q + 2 * dim, stride, tokens, s.M, s.d);
-        columns_as_a<E>(o.keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, o.spare);
-        load_row<T>(o.q_row, p.q_row, sample * dim + column, s.d);
+        columns_as_a<E>(keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, o.spare);
         std::memset(grad_keys, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
         std::memset(grad_values, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
 
         for (int first = 0; first < s.M; first += NQ) {
             const int count = s.M - first < NQ ? s.M - first : NQ;
-            const int lanes = round_up(count, W);
-            o.template pack_queries<T>(p, s, q, tokens + first, count);
+            const int lanes = round_up(count, W), q_k = round_up(lanes, E::k_align);
+            const A* queries = o.queries.head(h) + first * s.d_pad;
+            const A* grad_out = grads.head(h) + first * s.d_pad;
             const auto prefetch = [&](int r) {
-                if (r >= count) return;
-                const T* row = next_q + tokens[first + r] * stride;
-                for (int part = 0; part < 3; ++part) prefetch_row(row + part * dim, s.d);
-                prefetch_row(next_grad_out + tokens[first + r] * grad_stride, s.d);
+                ahead.step([&](int token, int head) {
+                    const T* row = next_q + tokens[token] * p.qkv_stride_token + head * s.d;
+                    for (int part = 0; part < 3; ++part) prefetch_row(row + part * dim, s.d);
+                    prefetch_row(next_grad + tokens[token] * p.grad_out_stride_token + head * s.d,
+                                 s.d);
+                });
+                if (r < count) {
+                    T* row = grad_q + tokens[first + r] * 3 * dim;
+                    for (int part = 0; part < 3; ++part) prefetch_row<1>(row + part * dim, s.d);
+                }
             };
-            pack<E>(grads, s.d_pad, grad_out, grad_stride, tokens + first, count, s.d);
-            std::memset(grads + count * s.d_pad, 0, (NQ - count) * s.d_pad * sizeof(A));
-            columns_as_b<E>(grads, s.d_pad, NQ, s.d_k, grads_t, NQ);
+            columns_as_b<E>(queries, s.d_pad, lanes, s.d_k, o.queries_t, NQ);
+            columns_as_b<E>(grad_out, s.d_pad, lanes, s.d_k, grads_t, NQ);
 
             // S^T = K Q^T, dP^T = V dO^T
-            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.keys, s.d_pad, o.queries_t, NQ,
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, keys, s.d_pad, o.queries_t, NQ,
                                     o.logits, NQ);
-            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.values, s.d_pad, grads_t, NQ,
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, values, s.d_pad, grads_t, NQ,
                                     grad_probabilities, NQ);
             const int64_t shift = p.table ? first : 0;
             const float* bias = p.bias + head * p.bias_stride + shift;
@@ -446,11 +499,11 @@ struct Backward {
             });
 
             // dV += P^T dO, dK += dS^T Q
-            const B* grads_rows = E::rows_as_b(grads, s.d_pad, s.q_k, columns, grads_b);
-            const B* queries_rows = E::rows_as_b(o.queries, s.d_pad, s.q_k, columns, queries_b);
-            E::template gemm<true>(s.m_rows, columns, s.q_k, probabilities, NQ, grads_rows,
+            const B* grads_rows = E::rows_as_b(grad_out, s.d_pad, q_k, columns, grads_b);
+            const B* queries_rows = E::rows_as_b(queries, s.d_pad, q_k, columns, queries_b);
+            E::template gemm<true>(s.m_rows, columns, q_k, probabilities, NQ, grads_rows,
                                    s.d_pad, grad_values, s.d_pad);
-            E::template gemm<true>(s.m_rows, columns, s.q_k, grad_logits, NQ, queries_rows,
+            E::template gemm<true>(s.m_rows, columns, q_k, grad_logits, NQ, queries_rows,
                                    s.d_pad, grad_keys, s.d_pad);
 
             // dQ^T = K^T dS^T
