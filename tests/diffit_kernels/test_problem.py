@@ -76,6 +76,11 @@ def mlp(**changes: Any) -> Tensor:
     return dk.mlp(**(good | changes))
 
 
+def add_layer_norm(**changes: Any) -> Tensor:
+    s, n = dk.add_layer_norm(**({"x": zeros(B, L, C), "y": zeros(B, L, C)} | changes))
+    return torch.stack((s, n))
+
+
 def make(kind: type[torch.nn.Module], **changes: Any) -> torch.nn.Module:
     good = {"dim": C, "num_heads": 2, "temb_dim": T, "window_size": WINDOW}
     return kind(**(good | changes))
@@ -185,6 +190,26 @@ TABLE: list[Row] = [
     (mlp, {"fc2_weight": zeros(HIDDEN, C)}, ValueError, r"fc2_weight: .*\(20, 20\).*\(20, 16\)"),
     (mlp, {"fc2_weight": half(C, HIDDEN)}, TypeError, "fc2_weight: .*float32.*float16"),
     (mlp, {"fc2_bias": zeros(1, C)}, ValueError, r"fc2_bias: .*\(16,\).*\(1, 16\)"),
+    # add_layer_norm
+    (add_layer_norm, {"x": integer(B, L, C)}, TypeError, "x: .*int64"),
+    (add_layer_norm, {"x": zeros()}, ValueError, r"x: .*\(\)"),
+    (add_layer_norm, {"x": zeros(B, 0)}, ValueError, r"x: .*\(2, 0\)"),
+    (add_layer_norm, {"x": zeros(0, C)}, ValueError, r"x: .*one row.*\(0, 16\)"),
+    (add_layer_norm, {"x": half(B, L, C)}, TypeError, "y: .*float16.*float32"),
+    (add_layer_norm, {"x": half(B, L, C).bfloat16()}, TypeError, "y: .*bfloat16.*float32"),
+    (add_layer_norm, {"x": half(B, L, C).double()}, TypeError, "y: .*float64.*float32"),
+    (add_layer_norm, {"x": meta(B, L, C)}, TypeError, "y: .*meta.*cpu"),
+    (add_layer_norm, {"y": half(B, L, C).double()}, TypeError, "y: .*float32.*float64"),
+    (add_layer_norm, {"y": integer(B, L, C)}, TypeError, "y: .*float32.*int64"),
+    (add_layer_norm, {"y": zeros(B, L, 1)}, ValueError, r"y: .*\(2, 12, 16\).*\(2, 12, 1\)"),
+    (add_layer_norm, {"y": zeros(L, C)}, ValueError, r"y: .*\(2, 12, 16\).*\(12, 16\)"),
+    (add_layer_norm, {"y": zeros(0, L, C)}, ValueError, r"y: .*\(2, 12, 16\).*\(0, 12, 16\)"),
+    (add_layer_norm, {"y": meta(B, L, C)}, TypeError, "y: .*cpu.*meta"),
+    (add_layer_norm, {"eps": 0.0}, ValueError, "eps: .*0.0"),
+    (add_layer_norm, {"eps": -1e-6}, ValueError, "eps: .*-1e-06"),
+    (add_layer_norm, {"eps": nan}, ValueError, "eps: .*nan"),
+    (add_layer_norm, {"eps": inf}, ValueError, "eps: .*inf"),
+    (add_layer_norm, {"eps": "1e-6"}, TypeError, "eps: .*'1e-6'"),
     # TMSA
     (make, {"kind": TMSA, "num_heads": 3}, ValueError, "dim: .*num_heads = 3.*16"),
     (make, {"kind": TMSA, "num_heads": 0}, ValueError, "num_heads = 0"),
@@ -269,7 +294,9 @@ def test_wrong_call(row: Row, expected: tuple[Tensor, Tensor]) -> None:
         assert torch.equal(got, good)
 
 
-@pytest.mark.parametrize("call", [window_attention, tmsa, mlp, layer, layer2d, block])
+@pytest.mark.parametrize(
+    "call", [window_attention, tmsa, mlp, add_layer_norm, layer, layer2d, block]
+)
 def test_the_good_call_is_good(call: Callable[[], Tensor]) -> None:
     """Each row of the table differs from a call that works."""
     assert call().isfinite().all()
