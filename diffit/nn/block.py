@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from diffit.nn.tmsa import TMSA
-from diffit_kernels import mlp
+from diffit_kernels import add_layer_norm, mlp
 
 
 class MLP(nn.Module):
@@ -93,5 +93,6 @@ class DiffiTBlock(nn.Module):
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C); ``grid_size`` as in ``TMSA``."""
         self.attn.check(x, temb)
-        x = x + self.attn(self.norm1(x), temb, grid_size=grid_size)
-        return x + self.mlp(self.norm2(x))
+        attention = self.attn(self.norm1(x), temb, grid_size=grid_size)
+        x, normed = add_layer_norm(x, attention, self.norm2.eps)
+        return x + self.mlp(normed)
