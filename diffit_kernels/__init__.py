@@ -9,7 +9,7 @@
 """
 
 from diffit_kernels.dispatch import available_backends, use_backend
-from diffit_kernels.ops import add_layer_norm, mlp, tmsa, window_attention
+from diffit_kernels.ops import add_layer_norm, mlp, time_rows, tmsa, window_attention
 from diffit_kernels.problem import AddLayerNormProblem, MLPProblem, WindowAttentionProblem
 from diffit_kernels.reference import relative_position_index
 
@@ -23,6 +23,7 @@ __all__ = [
     "available_backends",
     "mlp",
     "relative_position_index",
+    "time_rows",
     "tmsa",
     "use_backend",
     "window_attention",

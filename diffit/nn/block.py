@@ -89,10 +89,15 @@ class DiffiTBlock(nn.Module):
         self.mlp = MLP(dim, hidden_features, drop=proj_drop, **factory)
 
     def forward(
-        self, x: Tensor, temb: Tensor | None = None, *, grid_size: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        temb: Tensor | None = None,
+        *,
+        row: Tensor | None = None,
+        grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """x (B, L, C), temb (B, T) -> (B, L, C); ``grid_size`` as in ``TMSA``."""
-        self.attn.check(x, temb)
-        attention = self.attn(self.norm1(x), temb, grid_size=grid_size)
+        """x (B, L, C), temb (B, T) -> (B, L, C); ``row`` and ``grid_size`` as in ``TMSA``."""
+        self.attn.check(x, temb, row)
+        attention = self.attn(self.norm1(x), temb, row=row, grid_size=grid_size)
         x, normed = add_layer_norm(x, attention, self.norm2.eps)
         return x + self.mlp(normed)

@@ -2,7 +2,7 @@
 
 from diffit_kernels.ops.add_layer_norm import add_layer_norm
 from diffit_kernels.ops.mlp import mlp
-from diffit_kernels.ops.tmsa import tmsa
+from diffit_kernels.ops.tmsa import time_rows, tmsa
 from diffit_kernels.ops.window_attention import window_attention
 
-__all__ = ["add_layer_norm", "mlp", "tmsa", "window_attention"]
+__all__ = ["add_layer_norm", "mlp", "time_rows", "tmsa", "window_attention"]

@@ -69,6 +69,12 @@ def test_equals_its_equation(backend: str, block: DiffiTBlock, dtype: torch.dtyp
     assert_numeric_rule(*map(stack, (got, plain, truth)))
 
 
+def test_a_row_in_place_of_the_token(block: DiffiTBlock) -> None:
+    block, (x, temb) = block.double(), inputs(torch.float64)
+    row = block.attn.qkv_temb(temb)
+    torch.testing.assert_close(block(x, row=row, grid_size=GRID), block(x, temb, grid_size=GRID))
+
+
 def test_without_a_token() -> None:
     torch.manual_seed(0)
     block = DiffiTBlock(16, 2, window_size=(2, 3), dtype=torch.float64)
