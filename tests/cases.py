@@ -218,9 +218,13 @@ class MLPCase:
         grad = _uniform(-1 - draw)(*self.shape[:-1], self.out).to(self.dtype)
         return LAYOUTS[self.grad_layout](grad)
 
-    def operator(self, draws: int | None = None) -> Tensors:
+    def operator(
+        self,
+        draws: int | None = None,
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+    ) -> Tensors:
         """What ``mlp`` gives on the backend in use."""
-        return self._outputs(dk.mlp, draws=draws)
+        return self._outputs(dk.mlp, convert, draws)
 
     @cache
     def plain(self) -> Tensors:
@@ -295,9 +299,13 @@ class AddLayerNormCase:
         store = LAYOUTS[layout]
         return store(x.to(self.dtype)), store(y.to(self.y_dtype or self.dtype))
 
-    def operator(self, draws: int | None = None) -> Tensors:
+    def operator(
+        self,
+        draws: int | None = None,
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+    ) -> Tensors:
         """What ``add_layer_norm`` gives on the backend in use."""
-        return self._outputs(dk.add_layer_norm, draws=draws)
+        return self._outputs(dk.add_layer_norm, convert, draws)
 
     @cache
     def plain(self) -> Tensors:
