@@ -54,14 +54,13 @@ def test_shapes(case: MLPCase, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", TAILS, ids=name_of)
-def test_tails_of_tiles(monkeypatch: pytest.MonkeyPatch, case: MLPCase, dtype: torch.dtype) -> None:
+def test_tails_of_tiles(monkeypatch: pytest.MonkeyPatch, case: MLPCase) -> None:
     use_configs(monkeypatch)
-    check(replace(case, dtype=dtype))
+    check(case)
 
 
-@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("group", [1, 3])
 def test_groups_of_tiles(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
     """Every tile is computed once, whatever the order."""
     use_configs(monkeypatch, GROUP=group)
@@ -147,28 +146,25 @@ def test_cublaslt(monkeypatch: pytest.MonkeyPatch, case: MLPCase, dtype: torch.d
 
 
 def launches() -> dict[str, Callable[[], None]]:
-    """A call, forward and backward, for every entry of the table; inference, with tails."""
+    """A call, forward and backward, for every entry of the table; features are no whole tiles."""
     shapes = {
         (entry["rows"], {2: torch.bfloat16, 4: torch.float32}[entry["itemsize"]])
         for entry in load("default")
         if entry["kernel"] in KERNELS
     }
-    calls = {
-        f"{rows}-{name_of(dtype)}": partial(_launch, MLPCase((rows, 1152), 4608, 1152, dtype))
+    return {
+        f"{rows}-{name_of(dtype)}": partial(_launch, MLPCase((rows, 1168), 4624, 1168, dtype))
         for rows, dtype in sorted(shapes, key=str)
     }
-    tails = MLPCase((16383, 1168), 4624, 1168, torch.bfloat16)
-    return calls | {"tails": partial(_launch, tails, save_hidden=False)}
 
 
-def _launch(case: MLPCase, save_hidden: bool = True) -> None:
+def _launch(case: MLPCase) -> None:
     (rows, features), hidden, out = case.shape, case.hidden, case.out
     shapes = ((rows, features), (hidden, features), (hidden,), (out, hidden), (out,))
     inputs = [torch.empty(shape, dtype=case.dtype) for shape in shapes]
     problem = MLPProblem.from_tensors(*inputs)
-    y, saved = backend.mlp(problem, *inputs, save_hidden)
-    if saved is not None:
-        backend.mlp_backward(problem, y, *inputs[:4], saved)
+    y, saved = backend.mlp(problem, *inputs, save_hidden=True)
+    backend.mlp_backward(problem, y, *inputs[:4], saved)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +175,7 @@ def compiled() -> list[compilation.Result]:
 
 
 def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
-    assert len(compiled) == (3 * len(launches()) - 1) * len(compilation.TARGETS)
+    assert len(compiled) == 3 * len(launches()) * len(compilation.TARGETS)
     compilation.assert_fits(compiled)
 
 
