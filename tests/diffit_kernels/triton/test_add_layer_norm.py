@@ -17,6 +17,8 @@ from tests.cases import LAYOUTS, AddLayerNormCase
 from tests.diffit_kernels.triton import compilation
 from tests.diffit_kernels.triton.device import DEVICE, DTYPES, check, name_of, on_device, outputs
 
+pytest.importorskip("triton")
+
 # dtypes of x and y
 PAIRS = [
     *((dtype, dtype) for dtype in DTYPES),

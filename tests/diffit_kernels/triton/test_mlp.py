@@ -18,6 +18,8 @@ from tests.diffit_kernels.triton import compilation
 from tests.diffit_kernels.triton.device import DEVICE, DTYPES, check, name_of, on_device, outputs
 from tests.numeric_rule import assert_numeric_rule
 
+pytest.importorskip("triton")
+
 KERNELS = ("mlp_gelu", "mlp_bias", "mlp_gelu_backward")
 # The smallest tile there is: small problems have several in every direction.
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2, "num_warps": 1, "num_stages": 1}
