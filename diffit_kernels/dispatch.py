@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from diffit_kernels import native, reference
-from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
+from diffit_kernels import native, reference, triton
+from diffit_kernels.problem import Problem
 
 # A backend is a module with the functions of `reference`, or the reason why there is none.
 _BACKENDS: dict[str, ModuleType | str] = {
     "reference": reference,
     "cpu": native,
-    "triton": "this version has no Triton kernels",
+    "triton": triton,
     "cuda": "this version has no CUDA C++ kernels",
 }
 # What "auto" tries, in this order, for a tensor on each type of device.
@@ -67,14 +67,14 @@ def available_backends() -> dict[str, str | None]:
     }
 
 
-def _reason(name: str, problem: WindowAttentionProblem | MLPProblem) -> str | None:
+def _reason(name: str, problem: Problem) -> str | None:
     backend = _BACKENDS[name]
     if isinstance(backend, str):
         return backend
     return backend.unavailable() or backend.supports(problem)
 
 
-def select(problem: WindowAttentionProblem | MLPProblem) -> ModuleType:
+def select(problem: Problem) -> ModuleType:
     """The module that runs this problem."""
     choice = _choice()
     if choice != "auto":

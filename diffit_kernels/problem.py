@@ -149,24 +149,59 @@ class MLPProblem:
             ValueError: a shape that does not fit.
         """
         require_floating("x", x)
-        if x.dim() < 1 or x.shape[-1] == 0:
-            raise ValueError(f"x: expected (..., C), got shape {shape(x)}")
-        if x.numel() == 0:
-            raise ValueError(f"x: expected at least one row, got shape {shape(x)}")
+        rows, features = require_rows("x", x)
         for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
             require_like(name, weight, x.dtype, x)
             if weight.dim() != 2 or 0 in weight.shape:
                 raise ValueError(
                     f"{name}: expected (out_features, in_features), got shape {shape(weight)}"
                 )
-        features = x.shape[-1]
         hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
         require_shape("fc1_weight", fc1_weight, (hidden, features))
         require_shape("fc2_weight", fc2_weight, (out, hidden))
         for name, bias, size in (("fc1_bias", fc1_bias, hidden), ("fc2_bias", fc2_bias, out)):
             require_like(name, bias, x.dtype, x)
             require_shape(name, bias, (size,))
-        return cls(x.numel() // features, features, hidden, out, x.dtype, x.device.type)
+        return cls(rows, features, hidden, out, x.dtype, x.device.type)
+
+
+@dataclass(frozen=True)
+class AddLayerNormProblem:
+    """A sum of two tensors and its layer norm, over ``rows`` of ``features``.
+
+    ``dtype`` is that of x and of the sum, ``y_dtype`` that of y and of the norm.
+    """
+
+    rows: int
+    features: int
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+    device_type: str
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Dtype of the sum before it is rounded, and of the statistics."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @classmethod
+    def from_tensors(cls, x: Tensor, y: Tensor, eps: float) -> AddLayerNormProblem:
+        """Check the arguments of ``add_layer_norm`` and return their problem.
+
+        Raises:
+            TypeError: a dtype or device that is not supported or does not fit that of ``x``.
+            ValueError: a shape or eps that does not fit.
+        """
+        require_floating("x", x)
+        rows, features = require_rows("x", x)
+        mixed = x.dtype == torch.float32 and y.dtype in (torch.bfloat16, torch.float16)
+        require_like("y", y, y.dtype if mixed else x.dtype, x)
+        require_shape("y", y, shape(x))
+        if not (math.isfinite(eps) and eps > 0):
+            raise ValueError(f"eps: expected a positive finite number, got {eps}")
+        return cls(rows, features, x.dtype, y.dtype, x.device.type)
+
+
+Problem = WindowAttentionProblem | MLPProblem | AddLayerNormProblem
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -187,6 +222,16 @@ def require_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
         )
+
+
+def require_rows(name: str, tensor: Tensor) -> tuple[int, int]:
+    """Rows and features of (..., C), or ValueError."""
+    if tensor.dim() < 1 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: expected (..., C), got shape {shape(tensor)}")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name}: expected at least one row, got shape {shape(tensor)}")
+    features = tensor.shape[-1]
+    return tensor.numel() // features, features
 
 
 def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) -> None:

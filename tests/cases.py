@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, layer_norm, linear
 
 import diffit_kernels as dk
 from diffit_kernels import reference
@@ -156,7 +156,7 @@ class AttentionCase:
             )
             for draw in range(draws or self.draws)
         ]
-        return _stack(outputs)
+        return stack(outputs)
 
 
 def _plain_attention(case: AttentionCase, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,9 +218,13 @@ class MLPCase:
         grad = _uniform(-1 - draw)(*self.shape[:-1], self.out).to(self.dtype)
         return LAYOUTS[self.grad_layout](grad)
 
-    def operator(self, draws: int | None = None) -> Tensors:
+    def operator(
+        self,
+        draws: int | None = None,
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+    ) -> Tensors:
         """What ``mlp`` gives on the backend in use."""
-        return self._outputs(dk.mlp, draws=draws)
+        return self._outputs(dk.mlp, convert, draws)
 
     @cache
     def plain(self) -> Tensors:
@@ -246,7 +250,7 @@ class MLPCase:
             )
             for draw in range(draws or self.draws)
         ]
-        return _stack(outputs)
+        return stack(outputs)
 
 
 def plain_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -260,7 +264,95 @@ def mlp_outputs(forward: Callable[..., Tensor], inputs: Tensors, grad_y: Tensor)
     return {"y": y.detach()} | gradients(y, leaves, grad_y)
 
 
-def gradients(out: Tensor, leaves: OptionalTensors, grad_out: Tensor) -> Tensors:
+@dataclass(frozen=True)
+class AddLayerNormCase:
+    """``add_layer_norm`` on random numbers that are never nearly equal along a row.
+
+    The gradient of a nearly constant row is large and ill-conditioned: one such row in a few
+    hundred would be the largest error of all. ``y_dtype`` is ``dtype`` where it is None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    y_dtype: torch.dtype | None = None
+    offset: float = 0.0
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+
+    @property
+    def draws(self) -> int:
+        expanded = "expanded" in self.layout + self.grad_layout
+        return _draws(self.shape[-1] if expanded else math.prod(self.shape))
+
+    def inputs(self, draw: int = 0) -> Tensors:
+        """x and y."""
+        uniform = _uniform(draw)
+        apart = 4.0 * (-1) ** torch.arange(self.shape[-1])
+        x, y = uniform(*self.shape) + apart + self.offset, uniform(*self.shape)
+        return dict(zip("xy", self._as_stored(self.layout, x, y), strict=True))
+
+    def grads(self, draw: int = 0) -> tuple[Tensor, Tensor]:
+        uniform = _uniform(-1 - draw)
+        return self._as_stored(self.grad_layout, uniform(*self.shape), uniform(*self.shape))
+
+    def _as_stored(self, layout: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        store = LAYOUTS[layout]
+        return store(x.to(self.dtype)), store(y.to(self.y_dtype or self.dtype))
+
+    def operator(
+        self,
+        draws: int | None = None,
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+    ) -> Tensors:
+        """What ``add_layer_norm`` gives on the backend in use."""
+        return self._outputs(dk.add_layer_norm, convert, draws)
+
+    @cache
+    def plain(self) -> Tensors:
+        """Addition and layer norm of PyTorch in the dtypes of the case."""
+        return self._outputs(plain_add_layer_norm)
+
+    @cache
+    def truth(self) -> Tensors:
+        """The same in float64 on the same rounded inputs."""
+        return self._outputs(plain_add_layer_norm, torch.Tensor.double)
+
+    def _outputs(
+        self,
+        forward: Callable[..., tuple[Tensor, Tensor]],
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+        draws: int | None = None,
+    ) -> Tensors:
+        outputs = [
+            add_layer_norm_outputs(
+                forward,
+                {name: convert(tensor) for name, tensor in self.inputs(draw).items()},
+                tuple(map(convert, self.grads(draw))),
+            )
+            for draw in range(draws or self.draws)
+        ]
+        return stack(outputs)
+
+
+def plain_add_layer_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    s = x + y
+    return s, layer_norm(s, s.shape[-1:], eps=1e-6).to(y.dtype)
+
+
+def add_layer_norm_outputs(
+    forward: Callable[..., tuple[Tensor, Tensor]], inputs: Tensors, grads: tuple[Tensor, ...]
+) -> Tensors:
+    """s, n and the gradients of x and y."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    s, n = forward(*leaves.values())
+    return {"s": s.detach(), "n": n.detach()} | gradients((s, n), leaves, grads)
+
+
+def gradients(
+    out: Tensor | tuple[Tensor, ...],
+    leaves: OptionalTensors,
+    grad_out: Tensor | tuple[Tensor, ...],
+) -> Tensors:
     """``grad_<name>`` of every leaf that is there."""
     present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     grads = torch.autograd.grad(out, list(present.values()), grad_out)
@@ -271,7 +363,8 @@ def _draws(*output_sizes: int) -> int:
     return math.ceil(NUMBERS / max(min(output_sizes), 1))
 
 
-def _stack(draws: list[Tensors]) -> Tensors:
+def stack(draws: list[Tensors]) -> Tensors:
+    """The outputs of several draws, to be judged together."""
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 

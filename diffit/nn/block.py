@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from diffit.nn.tmsa import TMSA
-from diffit_kernels import mlp
+from diffit_kernels import add_layer_norm, mlp
 
 
 class MLP(nn.Module):
@@ -89,9 +89,15 @@ class DiffiTBlock(nn.Module):
         self.mlp = MLP(dim, hidden_features, drop=proj_drop, **factory)
 
     def forward(
-        self, x: Tensor, temb: Tensor | None = None, *, grid_size: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        temb: Tensor | None = None,
+        *,
+        row: Tensor | None = None,
+        grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """x (B, L, C), temb (B, T) -> (B, L, C); ``grid_size`` as in ``TMSA``."""
-        self.attn.check(x, temb)
-        x = x + self.attn(self.norm1(x), temb, grid_size=grid_size)
-        return x + self.mlp(self.norm2(x))
+        """x (B, L, C), temb (B, T) -> (B, L, C); ``row`` and ``grid_size`` as in ``TMSA``."""
+        self.attn.check(x, temb, row)
+        attention = self.attn(self.norm1(x), temb, row=row, grid_size=grid_size)
+        x, normed = add_layer_norm(x, attention, self.norm2.eps)
+        return x + self.mlp(normed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffit_kernels import relative_position_index, tmsa
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.window_attention import as_grid, as_pair
-from diffit_kernels.problem import WindowAttentionProblem, require_like
+from diffit_kernels.problem import WindowAttentionProblem, require_like, require_shape
 from diffit_kernels.reference.window_attention import partition, unpartition
 
 
@@ -94,6 +94,7 @@ class TMSA(nn.Module):
         x: Tensor,
         temb: Tensor | None = None,
         *,
+        row: Tensor | None = None,
         grid_size: tuple[int, int] | None = None,
         return_attention: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -104,6 +105,8 @@ class TMSA(nn.Module):
                 partitioned, windows of a sample adjacent.
             temb: (B, T) or (B, 1, T), one token per sample; (B, L, T), one per position; or None:
                 plain relative-position-biased attention.
+            row: (B, 3C), ``qkv_temb(temb)`` computed elsewhere, in place of ``temb``:
+                ``diffit_kernels.time_rows`` gives those of all layers by one product.
             grid_size: (H, W) with H * W = L. Default: the window if it has L tokens, else a
                 square.
             return_attention: also return the attention probabilities.
@@ -114,13 +117,13 @@ class TMSA(nn.Module):
         Raises:
             TypeError, ValueError: an input that does not fit, naming it.
         """
-        self.check(x, temb)
+        self.check(x, temb, row)
         if temb is not None and temb.dim() == 3 and temb.shape[1] == 1:
             temb = temb[:, 0]
         per_position = temb is not None and temb.dim() == 3
         dropping = self.training and self.attn_drop.p > 0
         if return_attention or dropping or per_position:
-            out, attention = self._plain(x, temb, grid_size)
+            out, attention = self._plain(x, temb, row, grid_size)
             out = self.proj_drop(out)
             return (out, attention) if return_attention else out
         token = None if temb is None else self.qkv_temb
@@ -138,16 +141,22 @@ class TMSA(nn.Module):
             window_size=self.window_size,
             grid_size=grid_size,
             scale=self.scale,
+            row=row,
         )
         return self.proj_drop(out)
 
     def _plain(
-        self, x: Tensor, temb: Tensor | None, grid_size: tuple[int, int] | None
+        self,
+        x: Tensor,
+        temb: Tensor | None,
+        row: Tensor | None,
+        grid_size: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
         """The formula as written, with its (B, windows, heads, M, M) probabilities."""
         qkv = self.qkv(x)
         if temb is not None and self.qkv_temb is not None:
             row = self.qkv_temb(temb)
+        if row is not None:
             if row.dim() == 2:
                 row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)[:, None]
             qkv = qkv + row
@@ -171,7 +180,7 @@ class TMSA(nn.Module):
         out = self.proj(unpartition(problem, (self.attn_drop(attention) @ v)[None]))
         return out, attention.flatten(0, 1)
 
-    def check(self, x: Tensor, temb: Tensor | None) -> None:
+    def check(self, x: Tensor, temb: Tensor | None, row: Tensor | None = None) -> None:
         """Raise TypeError or ValueError, naming the argument, unless the layer can take these."""
         if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[0] == 0:
             raise ValueError(
@@ -179,10 +188,19 @@ class TMSA(nn.Module):
                 f"got shape {tuple(x.shape)}"
             )
         weight = self.qkv.weight
-        for name, tensor in (("x", x), ("temb", temb)):
+        for name, tensor in (("x", x), ("temb", temb), ("row", row)):
             if tensor is not None:
                 dtype = tensor.dtype if autocast.is_active(weight) else weight.dtype
                 require_like(name, tensor, dtype, weight)
+        if row is not None:
+            if temb is not None:
+                raise ValueError("row: it stands in place of temb, got both")
+            if row.dim() != 2 or row.shape[0] == 0 or x.shape[0] % row.shape[0]:
+                raise ValueError(
+                    f"row: expected (B, {3 * self.dim}) with B = {x.shape[0]} or a divisor of it, "
+                    f"got shape {tuple(row.shape)}"
+                )
+            require_shape("row", row, (row.shape[0], 3 * self.dim))
         if temb is None:
             return
         if self.temb_dim is None:

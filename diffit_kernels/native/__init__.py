@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
+from diffit_kernels.problem import (
+    AddLayerNormProblem,
+    MLPProblem,
+    Problem,
+    WindowAttentionProblem,
+)
 
 # torch is imported first: the extension then shares its OpenMP pool.
 _module: Any = None
@@ -63,10 +68,12 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _module.set_instruction_set(previous)
 
 
-def supports(problem: WindowAttentionProblem | MLPProblem) -> str | None:
+def supports(problem: Problem) -> str | None:
     """Why the compiled kernels cannot run this problem, or None."""
     if problem.device_type != "cpu":
         return f"the tensors are on {problem.device_type}"
+    if isinstance(problem, AddLayerNormProblem):
+        return "add_layer_norm has no compiled kernel yet"
     if problem.dtype not in _DTYPES:
         return f"{problem.dtype} is not one of float32, bfloat16, float16"
     if isinstance(problem, WindowAttentionProblem):

@@ -25,6 +25,7 @@ def tmsa(
     window_size: int | tuple[int, int],
     grid_size: tuple[int, int] | None = None,
     scale: float | None = None,
+    row: Tensor | None = None,
 ) -> Tensor:
     """Self-attention whose q, k and v see the time token (DiffiT, equations 3 to 6).
 
@@ -45,6 +46,8 @@ def tmsa(
         proj_weight: (C, C).
         proj_bias: (C,) or None.
         num_heads, window_size, grid_size, scale: as in ``window_attention``.
+        row: (B, 3C), the projection ``temb W_t + b_t`` itself, in place of ``temb``: what
+            ``time_rows`` gives for one of its layers. (b, 3C) as for ``temb``.
 
     Returns:
         (B, L, C).
@@ -62,14 +65,20 @@ def tmsa(
         temb_weight = temb_bias = None
     elif temb_weight is None:
         raise ValueError("temb_weight: expected (3C, T) because temb is given, got None")
-    elif temb.dim() != 2 or temb.shape[0] == 0 or batch % temb.shape[0]:
-        raise ValueError(
-            f"temb: expected (B, T) with B = {batch} or a divisor of it, "
-            f"got shape {tuple(temb.shape)}"
-        )
+    elif row is not None:
+        raise ValueError("row: it stands in place of temb, got both")
+    for name, tensor, columns in (("temb", temb, "T"), ("row", row, "3C")):
+        if tensor is not None and (
+            tensor.dim() != 2 or tensor.shape[0] == 0 or batch % tensor.shape[0]
+        ):
+            raise ValueError(
+                f"{name}: expected (B, {columns}) with B = {batch} or a divisor of it, "
+                f"got shape {tuple(tensor.shape)}"
+            )
     tokens, width = (0, 0) if temb is None else temb.shape
     for name, tensor, shape in (
         ("temb", temb, (tokens, width)),
+        ("row", row, (0 if row is None else row.shape[0], 3 * dim)),
         ("qkv_weight", qkv_weight, (3 * dim, dim)),
         ("qkv_bias", qkv_bias, (3 * dim,)),
         ("temb_weight", temb_weight, (3 * dim, width)),
@@ -80,7 +89,7 @@ def tmsa(
         if tensor is not None:
             require_like(name, tensor, tensor.dtype if autocast.is_active(x) else x.dtype, x)
             require_shape(name, tensor, shape)
-    row = _row(batch, temb, qkv_bias, temb_weight, temb_bias)
+    row = _row(batch, temb, row, qkv_bias, temb_weight, temb_bias)
     out = window_attention(
         linear(x, qkv_weight),
         rel_pos_table,
@@ -97,6 +106,7 @@ def tmsa(
 def _row(
     batch: int,
     temb: Tensor | None,
+    row: Tensor | None,
     qkv_bias: Tensor | None,
     temb_weight: Tensor | None,
     temb_bias: Tensor | None,
@@ -107,7 +117,46 @@ def _row(
     """
     biases = [bias for bias in (qkv_bias, temb_bias) if bias is not None]
     bias = sum(biases[1:], biases[0]) if biases else None
-    if temb is None or temb_weight is None:
+    if temb is not None and temb_weight is not None:
+        row = linear(temb, temb_weight, bias)
+    elif row is None:
         return None if bias is None else bias.expand(batch, -1)
-    row = linear(temb, temb_weight, bias)
+    elif bias is not None:
+        row = row + bias
     return row if row.shape[0] == batch else row.repeat_interleave(batch // row.shape[0], dim=0)
+
+
+def time_rows(temb: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``temb W_t + b_t`` of every layer of a network, by one product.
+
+    The products of single layers are too small to fill a device. Each layer's part is what its
+    ``tmsa`` takes as ``row``.
+
+    Args:
+        temb: (B, T); float32, bfloat16, float16 or float64.
+        weight: (layers, 3C, T), the ``temb_weight`` of every layer.
+        bias: (layers, 3C) or None, the ``temb_bias`` of every layer.
+
+    Returns:
+        (layers, B, 3C).
+
+    Raises:
+        TypeError: a dtype or device that is not supported or differs from that of ``temb``.
+        ValueError: a shape that does not fit.
+    """
+    require_floating("temb", temb)
+    if temb.dim() != 2 or 0 in temb.shape:
+        raise ValueError(f"temb: expected (B, T), got shape {tuple(temb.shape)}")
+    if weight.dim() != 3 or 0 in weight.shape or weight.shape[1] % 3:
+        raise ValueError(f"weight: expected (layers, 3C, T), got shape {tuple(weight.shape)}")
+    layers, rows, _ = weight.shape
+    for name, tensor, shape in (
+        ("weight", weight, (layers, rows, temb.shape[1])),
+        ("bias", bias, (layers, rows)),
+    ):
+        if tensor is not None:
+            dtype = tensor.dtype if autocast.is_active(temb) else temb.dtype
+            require_like(name, tensor, dtype, temb)
+            require_shape(name, tensor, shape)
+    out = linear(temb, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return out.unflatten(1, (layers, rows)).transpose(0, 1)

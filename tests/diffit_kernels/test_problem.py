@@ -65,6 +65,11 @@ def tmsa(**changes: Any) -> Tensor:
     return dk.tmsa(**(good | changes))
 
 
+def time_rows(**changes: Any) -> Tensor:
+    good = {"temb": zeros(B, T), "weight": zeros(4, 3 * C, T), "bias": zeros(4, 3 * C)}
+    return dk.time_rows(**(good | changes))
+
+
 def mlp(**changes: Any) -> Tensor:
     good = {
         "x": zeros(B, L, C),
@@ -74,6 +79,11 @@ def mlp(**changes: Any) -> Tensor:
         "fc2_bias": zeros(C),
     }
     return dk.mlp(**(good | changes))
+
+
+def add_layer_norm(**changes: Any) -> Tensor:
+    s, n = dk.add_layer_norm(**({"x": zeros(B, L, C), "y": zeros(B, L, C)} | changes))
+    return torch.stack((s, n))
 
 
 def make(kind: type[torch.nn.Module], **changes: Any) -> torch.nn.Module:
@@ -170,6 +180,26 @@ TABLE: list[Row] = [
     (tmsa, {"proj_weight": half(C, C)}, TypeError, "proj_weight: .*float32.*float16"),
     (tmsa, {"rel_pos_table": zeros(9, 2)}, ValueError, r"rel_pos_table: .*\(15, 2\).*\(9, 2\)"),
     (tmsa, {"window_size": 3}, ValueError, "window_size: "),
+    (tmsa, {"row": zeros(B, 3 * C)}, ValueError, "row: .*in place of temb.*both"),
+    (tmsa, {"temb": None, "row": zeros(3, 3 * C)}, ValueError, r"row: .*B = 2.*\(3, 48\)"),
+    (tmsa, {"temb": None, "row": zeros(0, 3 * C)}, ValueError, r"row: .*B = 2.*\(0, 48\)"),
+    (tmsa, {"temb": None, "row": zeros(3 * C)}, ValueError, r"row: .*\(48,\)"),
+    (tmsa, {"temb": None, "row": zeros(B, C)}, ValueError, r"row: .*\(2, 48\).*\(2, 16\)"),
+    (tmsa, {"temb": None, "row": half(B, 3 * C)}, TypeError, "row: .*float32.*float16"),
+    (tmsa, {"temb": None, "row": meta(B, 3 * C)}, TypeError, "row: .*cpu.*meta"),
+    # time_rows
+    (time_rows, {"temb": integer(B, T)}, TypeError, "temb: .*int64"),
+    (time_rows, {"temb": zeros(T)}, ValueError, r"temb: .*\(6,\)"),
+    (time_rows, {"temb": zeros(0, T)}, ValueError, r"temb: .*\(0, 6\)"),
+    (time_rows, {"temb": zeros(B, T + 1)}, ValueError, r"weight: .*\(4, 48, 7\).*\(4, 48, 6\)"),
+    (time_rows, {"temb": half(B, T)}, TypeError, "weight: .*float16.*float32"),
+    (time_rows, {"temb": meta(B, T)}, TypeError, "weight: .*meta.*cpu"),
+    (time_rows, {"weight": zeros(3 * C, T)}, ValueError, r"weight: .*layers.*\(48, 6\)"),
+    (time_rows, {"weight": zeros(0, 3 * C, T)}, ValueError, r"weight: .*layers.*\(0, 48, 6\)"),
+    (time_rows, {"weight": zeros(4, C, T)}, ValueError, r"weight: .*3C.*\(4, 16, 6\)"),
+    (time_rows, {"bias": zeros(4, C)}, ValueError, r"bias: .*\(4, 48\).*\(4, 16\)"),
+    (time_rows, {"bias": zeros(3 * C)}, ValueError, r"bias: .*\(4, 48\).*\(48,\)"),
+    (time_rows, {"bias": half(4, 3 * C)}, TypeError, "bias: .*float32.*float16"),
     # mlp
     (mlp, {"x": integer(B, L, C)}, TypeError, "x: .*int64"),
     (mlp, {"x": zeros()}, ValueError, r"x: .*\(\)"),
@@ -185,6 +215,26 @@ TABLE: list[Row] = [
     (mlp, {"fc2_weight": zeros(HIDDEN, C)}, ValueError, r"fc2_weight: .*\(20, 20\).*\(20, 16\)"),
     (mlp, {"fc2_weight": half(C, HIDDEN)}, TypeError, "fc2_weight: .*float32.*float16"),
     (mlp, {"fc2_bias": zeros(1, C)}, ValueError, r"fc2_bias: .*\(16,\).*\(1, 16\)"),
+    # add_layer_norm
+    (add_layer_norm, {"x": integer(B, L, C)}, TypeError, "x: .*int64"),
+    (add_layer_norm, {"x": zeros()}, ValueError, r"x: .*\(\)"),
+    (add_layer_norm, {"x": zeros(B, 0)}, ValueError, r"x: .*\(2, 0\)"),
+    (add_layer_norm, {"x": zeros(0, C)}, ValueError, r"x: .*one row.*\(0, 16\)"),
+    (add_layer_norm, {"x": half(B, L, C)}, TypeError, "y: .*float16.*float32"),
+    (add_layer_norm, {"x": half(B, L, C).bfloat16()}, TypeError, "y: .*bfloat16.*float32"),
+    (add_layer_norm, {"x": half(B, L, C).double()}, TypeError, "y: .*float64.*float32"),
+    (add_layer_norm, {"x": meta(B, L, C)}, TypeError, "y: .*meta.*cpu"),
+    (add_layer_norm, {"y": half(B, L, C).double()}, TypeError, "y: .*float32.*float64"),
+    (add_layer_norm, {"y": integer(B, L, C)}, TypeError, "y: .*float32.*int64"),
+    (add_layer_norm, {"y": zeros(B, L, 1)}, ValueError, r"y: .*\(2, 12, 16\).*\(2, 12, 1\)"),
+    (add_layer_norm, {"y": zeros(L, C)}, ValueError, r"y: .*\(2, 12, 16\).*\(12, 16\)"),
+    (add_layer_norm, {"y": zeros(0, L, C)}, ValueError, r"y: .*\(2, 12, 16\).*\(0, 12, 16\)"),
+    (add_layer_norm, {"y": meta(B, L, C)}, TypeError, "y: .*cpu.*meta"),
+    (add_layer_norm, {"eps": 0.0}, ValueError, "eps: .*0.0"),
+    (add_layer_norm, {"eps": -1e-6}, ValueError, "eps: .*-1e-06"),
+    (add_layer_norm, {"eps": nan}, ValueError, "eps: .*nan"),
+    (add_layer_norm, {"eps": inf}, ValueError, "eps: .*inf"),
+    (add_layer_norm, {"eps": "1e-6"}, TypeError, "eps: .*'1e-6'"),
     # TMSA
     (make, {"kind": TMSA, "num_heads": 3}, ValueError, "dim: .*num_heads = 3.*16"),
     (make, {"kind": TMSA, "num_heads": 0}, ValueError, "num_heads = 0"),
@@ -207,6 +257,11 @@ TABLE: list[Row] = [
     (layer, {"temb": zeros(B, 5, T)}, ValueError, r"temb: .*L = 12.*\(2, 5, 6\)"),
     (layer, {"temb": zeros(1, L, T)}, ValueError, r"temb: .*2 samples.*\(1, 12, 6\)"),
     (layer, {"make_with": without_temb}, ValueError, "temb: .*without temb_dim"),
+    (layer, {"row": zeros(B, 3 * C)}, ValueError, "row: .*in place of temb.*both"),
+    (layer, {"temb": None, "row": zeros(3, 3 * C)}, ValueError, r"row: .*B = 2.*\(3, 48\)"),
+    (layer, {"temb": None, "row": zeros(B, 1, 3 * C)}, ValueError, r"row: .*\(2, 1, 48\)"),
+    (layer, {"temb": None, "row": zeros(B, C)}, ValueError, r"row: .*\(2, 48\).*\(2, 16\)"),
+    (layer, {"temb": None, "row": half(B, 3 * C)}, TypeError, "row: .*float32.*float16"),
     (layer, {"grid_size": None}, ValueError, "grid_size: L = 12.*pass grid_size"),
     (layer, {"grid_size": (3, 3)}, ValueError, r"grid_size: .*12.*\(3, 3\)"),
     (layer, {"grid_size": (3, 4)}, ValueError, r"window_size: .*\(3, 4\).*\(2, 3\)"),
@@ -231,6 +286,8 @@ TABLE: list[Row] = [
     (block, {"x": integer(B, L, C)}, TypeError, "x: .*int64"),
     (block, {"temb": zeros(B, T + 1)}, ValueError, r"temb: .*\(2, 7\)"),
     (block, {"make_with": without_temb}, ValueError, "temb: .*without temb_dim"),
+    (block, {"row": zeros(B, 3 * C)}, ValueError, "row: .*in place of temb.*both"),
+    (block, {"temb": None, "row": zeros(B, C)}, ValueError, r"row: .*\(2, 48\).*\(2, 16\)"),
     (block, {"grid_size": None}, ValueError, "grid_size: L = 12"),
 ]
 
@@ -269,7 +326,9 @@ def test_wrong_call(row: Row, expected: tuple[Tensor, Tensor]) -> None:
         assert torch.equal(got, good)
 
 
-@pytest.mark.parametrize("call", [window_attention, tmsa, mlp, layer, layer2d, block])
+@pytest.mark.parametrize(
+    "call", [window_attention, tmsa, time_rows, mlp, add_layer_norm, layer, layer2d, block]
+)
 def test_the_good_call_is_good(call: Callable[[], Tensor]) -> None:
     """Each row of the table differs from a call that works."""
     assert call().isfinite().all()

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 import diffit_kernels as dk
-from tests.cases import DTYPES, gradients
+from tests.cases import DTYPES, gradients, stack, with_gaps
 from tests.numeric_rule import assert_numeric_rule
 from tests.published import published_tmsa
 
@@ -109,6 +110,70 @@ def test_partitioned_windows(backend: str, samples: int, dtype: torch.dtype) -> 
     inputs = tensors(dtype, grid=(3, 5))
     inputs["temb"] = inputs["temb"][:samples]
     check(inputs, OPTIONS | {"grid_size": (3, 5)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_row_in_place_of_the_token(
+    backend: str, bias: bool, samples: int, dtype: torch.dtype
+) -> None:
+    """The published layer whose time token is the row and whose projection is the identity."""
+    inputs = tensors(dtype, grid=(3, 5))
+    row = linear(inputs["temb"][:samples], inputs["temb_weight"])
+    shared = {k: x for k, x in inputs.items() if "temb" not in k}
+    if not bias:
+        shared["qkv_bias"] = None
+
+    def by_row(row: Tensor, **shared: Tensor | None) -> Tensor:
+        none = dict.fromkeys(("temb", "temb_weight", "temb_bias"))
+        return dk.tmsa(**none, **shared, row=row, num_heads=2, window_size=(3, 5))
+
+    def published(row: Tensor, **shared: Tensor | None) -> Tensor:
+        token = {"temb": row, "temb_weight": torch.eye(144, dtype=row.dtype), "temb_bias": None}
+        return published_tmsa(**token, **shared, num_heads=2, window_size=(3, 5), grid_size=(3, 5))
+
+    leaves = {"row": row} | shared
+    grad_y = torch.randn(leaves["x"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = {name: None if x is None else x.double() for name, x in leaves.items()}
+    assert_numeric_rule(
+        outputs(by_row, leaves, grad_y, {}),
+        outputs(published, leaves, grad_y, {}),
+        outputs(published, exact, grad_y.double(), {}),
+    )
+
+
+def plain_time_rows(temb: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = torch.einsum("bt,lct->lbc", temb, weight)
+    return rows if bias is None else rows + bias[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("layers", "batch", "dim", "width"), [(1, 1, 1, 1), (3, 5, 7, 13)])
+def test_time_rows(
+    layers: int, batch: int, dim: int, width: int, strided: bool, bias: bool, dtype: torch.dtype
+) -> None:
+    shapes = {"temb": (batch, width), "weight": (layers, 3 * dim, width)}
+    if bias:
+        shapes["bias"] = (layers, 3 * dim)
+
+    def draw(seed: int) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+        inputs = {k: x.to(dtype) for k, x in inputs.items()}
+        if strided:
+            inputs = {k: with_gaps(x) for k, x in inputs.items()}
+        grad = torch.randn(layers, batch, 3 * dim, generator=generator).to(dtype)
+        exact = {k: x.double() for k, x in inputs.items()}
+        return [
+            outputs(dk.time_rows, inputs, grad, {}),
+            outputs(plain_time_rows, inputs, grad, {}),
+            outputs(plain_time_rows, exact, grad.double(), {}),
+        ]
+
+    assert_numeric_rule(*map(stack, zip(*map(draw, range(128)), strict=True)))
 
 
 def test_views_of_larger_tensors(backend: str) -> None:

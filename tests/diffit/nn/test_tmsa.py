@@ -163,6 +163,18 @@ def test_one_token_in_every_shape(layer: TMSA) -> None:
     torch.testing.assert_close(per_position, y)
 
 
+@pytest.mark.parametrize("return_attention", [False, True])
+def test_a_row_in_place_of_the_token(layer: TMSA, return_attention: bool) -> None:
+    """Computed outside, for all layers by one product; the layer adds its own bias."""
+    layer, (x, temb) = layer.double(), inputs(torch.float64)
+    (row,) = dk.time_rows(temb, layer.qkv_temb.weight[None], layer.qkv_temb.bias[None])
+    options = {"grid_size": GRID, "return_attention": return_attention}
+    torch.testing.assert_close(layer(x, row=row, **options), layer(x, temb, **options))
+    cut = x.reshape(4, 6, 16)  # two windows of each sample
+    options["grid_size"] = None
+    torch.testing.assert_close(layer(cut, row=row, **options), layer(cut, temb, **options))
+
+
 def test_a_token_per_position(layer: TMSA) -> None:
     layer, (x, _) = layer.double(), inputs(torch.float64)
     temb = torch.randn(2, 12, 6, dtype=torch.float64)

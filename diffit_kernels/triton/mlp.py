@@ -1,0 +1,279 @@
+"""Linear, tanh-GELU, Linear as products that do in their tiles what else would be a pass.
+
+Forward, the first product adds the bias and applies GELU before it stores, the second adds a bias.
+Backward, the product that gives the gradient of the activation turns it into that of the hidden
+layer, recomputes the activation and sums the gradient of the bias, all in one pass over the hidden
+layer. The other three products are plain and PyTorch's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffit_kernels.problem import MLPProblem
+from diffit_kernels.triton.configs import Config, Configs, choose
+from diffit_kernels.triton.rows import as_rows
+
+# 2 sqrt(2 / pi) log2(e), so that the exponential of GELU is a power of 2
+_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi) * math.log2(math.e))
+_CUBIC = tl.constexpr(0.044715)
+_LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _gate(u):
+    """``g = (1 + tanh z) / 2`` with ``z = sqrt(2 / pi) (u + 0.044715 u^3)``, and its derivative.
+
+    GELU is ``u g``, its derivative ``g + u g'``. With ``e = exp(-2 z)`` the gate is 1 / (1 + e) and
+    1 - g is e g, which keeps its digits where g is nearly 1. Beyond 10 the derivative is 0 in
+    float32, and e may be inf.
+    """
+    e = tl.exp2(-u * _SLOPE * (1 + u * u * _CUBIC))
+    gate = 1 / (1 + e)
+    slope = gate * (e * gate) * (_SLOPE * _LN2) * (1 + u * u * (3 * _CUBIC))
+    return gate, tl.where(tl.abs(u) > 10, 0.0, slope)
+
+
+@triton.jit
+def _tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The tile (down, across) of this program.
+
+    GROUP tiles of rows go along the columns together: what they read is then still in L2.
+    """
+    tiles_down, tiles_across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    first = tl.program_id(0) // (GROUP * tiles_across) * GROUP
+    height = tl.minimum(tiles_down - first, GROUP)
+    inside = tl.program_id(0) - first * tiles_across
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _product(
+    a,
+    b,
+    a_inside,
+    b_inside,
+    inner,
+    b_stride_k,
+    BLOCK_K: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tile of a b in float32, from pointers to their first tiles along ``inner``."""
+    total = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        if WHOLE_K:
+            a_tile = tl.load(a, mask=a_inside, other=0.0)
+            b_tile = tl.load(b, mask=b_inside, other=0.0)
+        else:
+            left = tl.arange(0, BLOCK_K) < inner - start
+            a_tile = tl.load(a, mask=a_inside & left[None, :], other=0.0)
+            b_tile = tl.load(b, mask=b_inside & left[:, None], other=0.0)
+        total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
+        a += BLOCK_K
+        b += BLOCK_K * b_stride_k
+    return total
+
+
+@triton.jit
+def linear(
+    x,
+    weight,
+    bias,
+    hidden,
+    y,
+    x_stride,
+    rows,
+    columns,
+    inner,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``x weight^T + bias``, with GELU its GELU; ``hidden``, if there, gets ``x weight^T``."""
+    down, across = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row, column = down * BLOCK_M + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
+    b = weight + column.to(tl.int64)[None, :] * inner + k[:, None]
+    a_inside, b_inside = (row < rows)[:, None], (column < columns)[None, :]
+    total = _product(a, b, a_inside, b_inside, inner, 1, BLOCK_K, WHOLE_K, PRECISION)
+    # From the first element of these rows, 32 bits are enough.
+    first = (down * BLOCK_M).to(tl.int64) * columns
+    out = tl.arange(0, BLOCK_M)[:, None] * columns + column[None, :]
+    inside = a_inside & b_inside
+    if hidden is not None:
+        tl.store(hidden + first + out, total, mask=inside)
+    total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        gate, _ = _gate(total)
+        total *= gate
+    tl.store(y + first + out, total, mask=inside)
+
+
+@triton.jit
+def _gelu_backward(grad, tensors, down, first_column, rows, columns):
+    """The epilogue of ``gelu_backward`` on a tile of the gradient of the activation."""
+    bias, hidden, activation, grad_hidden, grad_bias = tensors
+    row, column = tl.arange(0, grad.shape[0]), first_column + tl.arange(0, grad.shape[1])
+    first_row = down * grad.shape[0]
+    inside = (first_row + row < rows)[:, None] & (column < columns)[None, :]
+    # From the first element of these rows, 32 bits are enough.
+    first = first_row.to(tl.int64) * columns
+    out = row[:, None] * columns + column[None, :]
+    u = tl.load(hidden + first + out, mask=inside, other=0.0).to(tl.float32)
+    u += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    gate, slope = _gate(u)
+    tl.store(activation + first + out, u * gate, mask=inside)
+    grad *= gate + u * slope
+    tl.store(grad_hidden + first + out, grad, mask=inside)
+    # Rows outside are 0 in grad_y, and so in grad.
+    partial = grad_bias + down.to(tl.int64) * columns + column
+    tl.store(partial, tl.sum(grad, axis=0), mask=column < columns)
+
+
+@triton.jit
+def gelu_backward(
+    grad_y,
+    weight,
+    bias,
+    hidden,
+    activation,
+    grad_hidden,
+    grad_bias,
+    grad_y_stride,
+    rows,
+    columns,
+    inner,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``(grad_y weight) gelu'(u)`` and ``gelu(u)``, u = hidden + bias; sums of the first by tile.
+
+    ``grad_bias`` (tiles down, columns) holds the sum over the rows of each tile.
+    """
+    down, across = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row, column = down * BLOCK_M + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a = grad_y + row.to(tl.int64)[:, None] * grad_y_stride + k[None, :]
+    b = weight + k.to(tl.int64)[:, None] * columns + column[None, :]
+    a_inside, b_inside = (row < rows)[:, None], (column < columns)[None, :]
+    grad = _product(a, b, a_inside, b_inside, inner, columns, BLOCK_K, WHOLE_K, PRECISION)
+    # One half after the other: what the epilogue of a whole tile needs does not fit in registers.
+    left, right = tl.split(grad.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+    first, tensors = across * BLOCK_N, (bias, hidden, activation, grad_hidden, grad_bias)
+    _gelu_backward(left, tensors, down, first, rows, columns)
+    _gelu_backward(right, tensors, down, first + BLOCK_N // 2, rows, columns)
+
+
+def mlp(
+    problem: MLPProblem,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    save_hidden: bool,
+    *,
+    configs: Configs | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones.
+
+    The parameter ``impl`` may be "cublaslt": PyTorch's product with the bias, and where no hidden
+    layer is saved also the GELU, in its epilogue.
+    """
+    hidden = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
+    activation = _linear("mlp_gelu", as_rows(x), fc1_weight, fc1_bias, hidden, configs)
+    y = _linear("mlp_bias", activation, fc2_weight, fc2_bias, None, configs)
+    return y.view(*x.shape[:-1], problem.out_features), hidden
+
+
+def _linear(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    hidden: Tensor | None,
+    configs: Configs | None,
+) -> Tensor:
+    columns = weight.shape[0]
+    impl, config = _config(kernel, x, columns, configs)
+    if impl == "cublaslt" and hidden is None:
+        if kernel == "mlp_gelu":
+            return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        return torch.addmm(bias, x, weight.t())
+    y = x.new_empty(len(x), columns)
+    with torch.cuda.device_of(x):
+        linear[_grid(x, columns, config)](
+            *(x, weight.contiguous(), bias.contiguous(), hidden, y),
+            *(x.stride(0), len(x), columns, x.shape[1]),
+            GELU=kernel == "mlp_gelu",
+            **config,
+        )
+    return y
+
+
+def mlp_backward(
+    problem: MLPProblem,
+    grad_y: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    hidden: Tensor,
+    *,
+    configs: Configs | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
+    x_rows, grad_rows = as_rows(x), as_rows(grad_y)
+    columns = problem.hidden_features
+    _, config = _config("mlp_gelu_backward", grad_rows, columns, configs)
+    activation, grad_hidden = (x.new_empty(problem.rows, columns) for _ in range(2))
+    tiles_down = triton.cdiv(problem.rows, config["BLOCK_M"])
+    grad_bias = x.new_empty(tiles_down, columns, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        gelu_backward[_grid(grad_rows, columns, config)](
+            *(grad_rows, fc2_weight.contiguous(), fc1_bias.contiguous(), hidden.contiguous()),
+            *(activation, grad_hidden, grad_bias),
+            *(grad_rows.stride(0), problem.rows, columns, problem.out_features),
+            **config,
+        )
+    return (
+        (grad_hidden @ fc1_weight).view(x.shape),
+        grad_hidden.t() @ x_rows,
+        grad_bias.sum(dim=0).to(x.dtype),
+        grad_rows.t() @ activation,
+        grad_rows.sum(dim=0),
+    )
+
+
+def _config(kernel: str, x: Tensor, columns: int, configs: Configs | None) -> tuple[str, Config]:
+    """Who multiplies, and the parameters of the kernel."""
+    rows, inner = x.shape
+    if configs is None:
+        chosen = choose(kernel, x.device, x.itemsize, rows=rows, features=columns)
+    else:
+        chosen = configs[kernel]
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return chosen["impl"], {
+        **{name: value for name, value in chosen.items() if name != "impl"},
+        "WHOLE_K": inner % chosen["BLOCK_K"] == 0,
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+
+
+def _grid(x: Tensor, columns: int, config: Config) -> tuple[int]:
+    return (triton.cdiv(len(x), config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)

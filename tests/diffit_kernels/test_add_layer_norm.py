@@ -1,0 +1,267 @@
+"""The numeric rule for the residual sum with its layer norm, and its contract with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import diffit_kernels as dk
+from tests.backends import BACKENDS, running_on
+from tests.cases import DTYPES, LAYOUTS, AddLayerNormCase, Tensors, plain_add_layer_norm
+from tests.numeric_rule import assert_numeric_rule
+
+# dtypes of x and y
+PAIRS = [
+    *((dtype, dtype) for dtype in DTYPES),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+SHAPES = [(5, 1), (7,), (3, 2), (2, 3), (1, 1, 5), (3, 7), (2, 3, 17), (129, 24), (2, 5, 72)]
+CASE = AddLayerNormCase((2, 5, 17))
+
+
+def name_of(value: object) -> str:
+    """Test ids that say the shape or the dtypes."""
+    assert isinstance(value, tuple)
+    parts = [str(part).removeprefix("torch.") for part in value]
+    return ("-" if isinstance(value[0], torch.dtype) else "x").join(parts)
+
+
+def check(case: AddLayerNormCase) -> None:
+    assert_numeric_rule(case.operator(), case.plain(), case.truth())
+
+
+# The compiled kernels do not have it yet.
+@pytest.fixture(params=[name for name in BACKENDS if not name.startswith("cpu")])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """In place of the fixture of every backend."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 1152), (2, 8192)], ids=name_of)
+def test_shapes(
+    backend: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    check(AddLayerNormCase(shape, *dtypes))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument", ["layout", "grad_layout"])
+def test_layouts(
+    backend: str, argument: str, layout: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    check(replace(AddLayerNormCase((2, 17, 24), *dtypes), **{argument: layout}))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+@pytest.mark.parametrize("features", [3, 17, 72, 1152])
+def test_rows_far_from_zero(
+    backend: str, features: int, offset: float, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """The variance keeps its accuracy where the mean is much larger than the deviations."""
+    check(AddLayerNormCase((7, features), *dtypes, offset=offset))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+@pytest.mark.parametrize("value", [0.0, 3.0, -1000.0])
+def test_the_norm_of_a_constant_row_is_zero(
+    backend: str, value: float, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    x = torch.full((3, 17), value, dtype=dtypes[0])
+    s, n = dk.add_layer_norm(x, torch.zeros(3, 17, dtype=dtypes[1]))
+    assert torch.equal(s, x)
+    assert not n.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_is_that_of_the_sum_before_rounding(backend: str, dtype: torch.dtype) -> None:
+    """Steps of an eighth, lost in the rounded sum, are all there is to the norm."""
+    x = torch.full((1, 4), 0.5 / torch.finfo(dtype).eps, dtype=dtype)
+    y = torch.tensor([[0.0, 0.125, 0.25, 0.125]], dtype=dtype)
+    s, n = dk.add_layer_norm(x, y)
+    assert torch.equal(s, x)
+    assert torch.equal(n, plain_add_layer_norm(0 * x, y)[1])
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+def test_nan_stays_in_its_row(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, y = AddLayerNormCase((17, 24), *dtypes).inputs().values()
+    broken = x.clone()
+    broken[3, 5] = torch.nan
+    others = torch.arange(17) != 3
+    (s, n), (good_s, good_n) = dk.add_layer_norm(broken, y), dk.add_layer_norm(x, y)
+    assert n[3].isnan().all()
+    assert torch.equal(n[others], good_n[others])
+    assert torch.equal(s.isnan(), broken.isnan())
+    assert torch.equal(s[others], good_s[others])
+
+
+small_cases = st.builds(
+    AddLayerNormCase,
+    shape=st.builds(
+        lambda lead, features: (*lead, features),
+        st.lists(st.integers(1, 7), max_size=3),
+        st.integers(1, 80),
+    ),
+    offset=st.sampled_from([0.0, 1e3]),
+)
+
+
+# The fixture chooses one backend for all examples, so it need not be made anew for each.
+@settings(
+    derandomize=True,
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=small_cases, dtypes=st.sampled_from(PAIRS))
+def test_random_cases(
+    backend: str, case: AddLayerNormCase, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    check(replace(case, dtype=dtypes[0], y_dtype=dtypes[1]))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+def test_two_calls_are_equal(
+    backend: str, default_algorithms: None, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    case = AddLayerNormCase((2, 100, 72), *dtypes)
+    first, second = (case.operator(draws=1) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("used", ["s", "n"])
+def test_a_result_without_a_gradient_adds_none(backend: str, used: str) -> None:
+    """A result that is not used counts as one whose gradient is zero."""
+    inputs = [x.requires_grad_() for x in CASE.inputs().values()]
+    grads = dict(zip("sn", CASE.grads(), strict=True))
+    results = dict(zip("sn", dk.add_layer_norm(*inputs), strict=True))
+    got = torch.autograd.grad(results[used], inputs, grads[used], retain_graph=True)
+    other = "n" if used == "s" else "s"
+    zeros = grads | {other: torch.zeros_like(grads[other])}
+    expected = torch.autograd.grad(list(results.values()), inputs, list(zeros.values()))
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("argument", ["x", "y"])
+def test_only_the_gradient_asked_for(backend: str, argument: str) -> None:
+    inputs = CASE.inputs()
+    inputs[argument].requires_grad_()
+    results = dk.add_layer_norm(**inputs)
+    (grad,) = torch.autograd.grad(results, inputs[argument], CASE.grads())
+    assert torch.equal(grad, CASE.operator(draws=1)[f"grad_{argument}"][0])
+
+
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    x, y = CASE.inputs().values()
+    _, n = dk.add_layer_norm(x.requires_grad_(), y)
+    (grad,) = torch.autograd.grad(n.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="add_layer_norm_backward"):
+        grad.sum().backward()
+
+
+# The longest sum here has fewer than 2 ** 11 terms; the gradient holds products of three of them.
+FLOAT64_ROUNDING = 2**13 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 1152)], ids=name_of)
+def test_reference_is_the_formula_and_its_derivative(shape: tuple[int, ...]) -> None:
+    case = AddLayerNormCase(shape, torch.float64)
+    with dk.use_backend("reference"):
+        explicit = case.operator()
+    for name, exact in case.plain().items():
+        error = (explicit[name] - exact).abs().max()
+        assert error <= FLOAT64_ROUNDING * exact.abs().max(), name
+
+
+def test_gradcheck() -> None:
+    inputs = [x.requires_grad_() for x in AddLayerNormCase((2, 3), torch.float64).inputs().values()]
+    with dk.use_backend("reference"):
+        assert torch.autograd.gradcheck(dk.add_layer_norm, inputs)
+
+
+# --- the contract with PyTorch
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+@pytest.mark.parametrize("layout", ["contiguous", "channels first", "sliced channels"])
+def test_opcheck(backend: str, layout: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    case = AddLayerNormCase((2, 5, 17), *dtypes, layout=layout, grad_layout=layout)
+    inputs = [x.detach().requires_grad_() for x in case.inputs().values()]
+    torch.library.opcheck(torch.ops.diffit.add_layer_norm.default, (*inputs, 1e-6))
+    s, n = torch.ops.diffit.add_layer_norm(*(x.detach() for x in inputs), 1e-6)
+    assert s.is_contiguous()
+    assert n.is_contiguous()
+    torch.library.opcheck(
+        torch.ops.diffit.add_layer_norm_backward.default, (*case.grads(), s, 1e-6)
+    )
+
+
+def test_compiled_for_any_batch(backend: str) -> None:
+    """One graph, forward and backward, and no other for another batch."""
+
+    def outputs(function: Callable[..., tuple[Tensor, Tensor]], batch: int) -> Tensors:
+        case = AddLayerNormCase((batch, 5, 17), torch.float32, torch.bfloat16)
+        return case._outputs(function, draws=1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(dk.add_layer_norm, backend="aot_eager", fullgraph=True, dynamic=True)
+    outputs(compiled, 2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (5, 3):
+            expected = outputs(dk.add_layer_norm, batch)
+            for name, tensor in outputs(compiled, batch).items():
+                assert torch.equal(tensor, expected[name]), name
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_inputs_as_they_are(backend: str, dtype: torch.dtype) -> None:
+    """The residual stream stays float32, what the layer added says the dtype of the norm."""
+    case = replace(CASE, y_dtype=dtype)
+    outside = case.operator(draws=1)
+    with torch.autocast("cpu", dtype):
+        inside = case.operator(draws=1)
+    for name, tensor in outside.items():
+        assert inside[name].dtype == tensor.dtype
+        assert torch.equal(inside[name], tensor), name
+
+
+def test_autocast_adds_as_plain_addition_does(backend: str) -> None:
+    """x in one 16-bit dtype and y in the other: the sum is float32."""
+    x, y = replace(CASE, dtype=torch.float16, y_dtype=torch.bfloat16).inputs().values()
+    with torch.autocast("cpu", torch.bfloat16):
+        s, n = dk.add_layer_norm(x, y)
+    assert torch.equal(s, x + y)
+    assert n.dtype == torch.bfloat16
+
+
+def test_backward_inside_autocast(backend: str) -> None:
+    inputs = [x.requires_grad_() for x in CASE.inputs().values()]
+    results = dk.add_layer_norm(*inputs)
+    outside = torch.autograd.grad(results, inputs, CASE.grads(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(results, inputs, CASE.grads())
+    for one, two in zip(outside, inside, strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+
+
+def test_nothing_is_computed_on_meta() -> None:
+    x = torch.empty(3, 8, device="meta")
+    s, n = dk.add_layer_norm(x, x.bfloat16())
+    assert s.is_meta
+    assert (s.dtype, n.dtype) == (torch.float32, torch.bfloat16)
+    assert s.shape == n.shape == x.shape

@@ -1,0 +1,129 @@
+"""The residual sum with its layer norm, on Triton's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import diffit_kernels as dk
+from diffit_kernels import triton as backend
+from diffit_kernels.problem import AddLayerNormProblem
+from diffit_kernels.triton.configs import load
+from tests.cases import LAYOUTS, AddLayerNormCase
+from tests.diffit_kernels.triton import compilation
+from tests.diffit_kernels.triton.device import DEVICE, DTYPES, check, name_of, on_device, outputs
+
+pytest.importorskip("triton")
+
+# dtypes of x and y
+PAIRS = [
+    *((dtype, dtype) for dtype in DTYPES),
+    *((torch.float32, dtype) for dtype in DTYPES[1:]),
+]
+Pair = tuple[torch.dtype, torch.dtype]
+
+# Rows around the 16, 4 and 1 of a program, features around powers of two.
+SHAPES = [(67, 1), (47, 3), (3, 5, 7), (17, 17), (15, 31), (16, 32), (33, 127), (1, 128), (5, 129)]
+SHAPES += [(3, 511), (4, 512), (5, 513), (3, 1152), (2, 8191), (1, 8192)]
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_shapes(shape: tuple[int, ...], dtypes: Pair) -> None:
+    check(AddLayerNormCase(shape, *dtypes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument", ["layout", "grad_layout"])
+def test_layouts(argument: str, layout: str) -> None:
+    case = AddLayerNormCase((2, 17, 24), torch.float32, torch.float16)
+    check(replace(case, **{argument: layout}))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+@pytest.mark.parametrize("features", [17, 1152])
+def test_rows_far_from_zero(features: int, offset: float, dtypes: Pair) -> None:
+    check(AddLayerNormCase((7, features), *dtypes, offset=offset))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_tails_of_programs(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    config = {"ROWS": rows, "num_warps": 1}
+    for name in ("add_layer_norm", "add_layer_norm_backward"):
+        launch = partial(getattr(backend, name), configs={name: config})
+        monkeypatch.setattr(backend, name, launch)
+    for count in (7, 8, 9):
+        check(AddLayerNormCase((count, 24)))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+def test_nan_stays_in_its_row(dtypes: Pair) -> None:
+    x, y = map(on_device, AddLayerNormCase((17, 24), *dtypes).inputs().values())
+    broken = x.clone()
+    broken[3, 5] = torch.nan
+    others = torch.arange(17) != 3
+    for after, before in zip(dk.add_layer_norm(broken, y), dk.add_layer_norm(x, y), strict=True):
+        assert after[3].isnan().any()
+        assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)
+def test_two_calls_are_equal(default_algorithms: None, dtypes: Pair) -> None:
+    case = AddLayerNormCase((67, 72), *dtypes)
+    first, second = (outputs(case, draws=1) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_rows_that_are_too_long() -> None:
+    x = torch.zeros(1, 8193, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"'triton'.*8193 is longer than 8192"):
+        dk.add_layer_norm(x, x)
+
+
+# --- compiled for GPUs that need not be there
+
+
+def launches() -> dict[str, Callable[[], None]]:
+    """A call for every entry of the table; the dtypes of autocast for one."""
+    shapes = {
+        (entry["rows"], entry["features"])
+        for entry in load("default")
+        if entry["kernel"].startswith("add_layer_norm")
+    }
+    calls = {}
+    for shape in sorted(shapes):
+        for dtype in (torch.bfloat16, torch.float32):
+            calls[f"{name_of(shape)}-{name_of(dtype)}"] = partial(_launch, shape, dtype, dtype)
+    calls["autocast"] = partial(_launch, (16384, 1152), torch.float32, torch.bfloat16)
+    return calls
+
+
+def _launch(shape: tuple[int, int], dtype: torch.dtype, y_dtype: torch.dtype) -> None:
+    x, y = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=y_dtype)
+    problem = AddLayerNormProblem.from_tensors(x, y, 1e-6)
+    backend.add_layer_norm(problem, x, y, 1e-6)
+    backend.add_layer_norm_backward(problem, x, y, x, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[compilation.Result]:
+    results = compilation.compiled("tests.diffit_kernels.triton.test_add_layer_norm")
+    compilation.print_report(results)
+    return results
+
+
+def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
+    assert len(compiled) == 2 * len(launches()) * len(compilation.TARGETS)
+    compilation.assert_fits(compiled)
+
+
+def test_memory_is_accessed_by_16_bytes(compiled: list[compilation.Result]) -> None:
+    for result in compiled:
+        if result["access_bits"] is not None and result["call"] != "autocast":
+            assert result["access_bits"] == [128], result

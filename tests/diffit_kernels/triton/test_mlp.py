@@ -1,0 +1,187 @@
+"""The perceptron on Triton's kernels: the numeric rule, tiles and their tails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import diffit_kernels as dk
+from diffit_kernels import triton as backend
+from diffit_kernels.problem import MLPProblem
+from diffit_kernels.triton.configs import load
+from tests.cases import LAYOUTS, MLPCase
+from tests.diffit_kernels.triton import compilation
+from tests.diffit_kernels.triton.device import DEVICE, DTYPES, check, name_of, on_device, outputs
+from tests.numeric_rule import assert_numeric_rule
+
+pytest.importorskip("triton")
+
+KERNELS = ("mlp_gelu", "mlp_bias", "mlp_gelu_backward")
+# The smallest tile there is: small problems have several in every direction.
+TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2, "num_warps": 1, "num_stages": 1}
+
+CASES = [
+    MLPCase((5, 17), 7, 31),
+    MLPCase((17, 24), 33, 24),
+    MLPCase((37, 1), 30, 5),
+    MLPCase((2, 3, 9), 100, 9),
+    MLPCase((129, 32), 127, 40),
+    MLPCase((2, 100, 64), 256, 64),
+]
+# Rows, features, hidden layer and results one short of a tile, just a tile, and one over.
+TAILS = [
+    MLPCase((15, 17), 33, 16),
+    MLPCase((16, 16), 16, 16),
+    MLPCase((17, 15), 31, 47),
+    MLPCase((33, 32), 48, 17),
+    MLPCase((47, 33), 17, 15),
+    MLPCase((65, 31), 47, 33),
+]
+
+
+def use_configs(monkeypatch: pytest.MonkeyPatch, **parameters: object) -> None:
+    """Launch every kernel with these parameters."""
+    configs = dict.fromkeys(KERNELS, {"impl": "triton"} | TILE | parameters)
+    for name in ("mlp", "mlp_backward"):
+        monkeypatch.setattr(backend, name, partial(getattr(backend, name), configs=configs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_shapes(case: MLPCase, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", TAILS, ids=name_of)
+def test_tails_of_tiles(monkeypatch: pytest.MonkeyPatch, case: MLPCase) -> None:
+    use_configs(monkeypatch)
+    check(case)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_groups_of_tiles(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    """Every tile is computed once, whatever the order."""
+    use_configs(monkeypatch, GROUP=group)
+    check(MLPCase((65, 16), 47, 33))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument", ["layout", "grad_layout"])
+def test_layouts(argument: str, layout: str) -> None:
+    check(replace(MLPCase((2, 17, 24), 33, 24), **{argument: layout}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_strided_weights_and_biases(dtype: torch.dtype) -> None:
+    check(MLPCase((17, 24), 33, 24, dtype, strided=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("spread", [10.0, 1e4])
+def test_large_activations(spread: float, dtype: torch.dtype) -> None:
+    check(MLPCase((5, 24), 201, 24, dtype, spread=spread))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_ends_of_gelu(dtype: torch.dtype) -> None:
+    """The largest finite numbers of the dtype: 0 and themselves, derivatives 0 and 1, no NaN."""
+    limits = torch.finfo(dtype)
+    x, w2 = torch.zeros(2, 4, dtype=dtype), torch.eye(2, dtype=dtype)
+    bias = torch.tensor([limits.min, limits.max], dtype=dtype)
+    x, w1, b1, w2, b2 = map(on_device, (x, torch.ones(2, 4).to(dtype), bias, w2, 0 * bias))
+    y = dk.mlp(x, w1, b1.requires_grad_(), w2, b2)
+    y.sum().backward()
+    assert torch.equal(y.cpu(), torch.tensor([[0, limits.max]] * 2, dtype=dtype))
+    assert torch.equal(b1.grad.cpu(), torch.tensor([0, 2], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
+    """And reaches the gradients of that row, through the bounds of the derivative."""
+    x, *weights = map(on_device, MLPCase((17, 24), 33, 24, dtype).inputs().values())
+    broken = x.clone()
+    broken[3, 5] = torch.nan
+    broken, x = broken.requires_grad_(), x.requires_grad_()
+    after, before = dk.mlp(broken, *weights), dk.mlp(x, *weights)
+    others = torch.arange(17) != 3
+    for leaf, y in ((broken, after), (x, before)):
+        y.backward(torch.ones_like(y))
+        assert leaf.grad[3].isnan().all() == y[3].isnan().all() == (leaf is broken)
+    assert torch.equal(after[others], before[others])
+    assert torch.equal(broken.grad[others], x.grad[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_two_calls_are_equal(default_algorithms: None, dtype: torch.dtype) -> None:
+    case = MLPCase((2, 100, 64), 256, 64, dtype)
+    first, second = (outputs(case, draws=1) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_without_gradients_the_result_is_the_same() -> None:
+    leaves = [on_device(x).requires_grad_() for x in MLPCase((17, 24), 33, 24).inputs().values()]
+    with torch.no_grad():
+        inference = dk.mlp(*leaves)
+    assert torch.equal(inference, dk.mlp(*leaves))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuBLASLt needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_cublaslt(monkeypatch: pytest.MonkeyPatch, case: MLPCase, dtype: torch.dtype) -> None:
+    use_configs(monkeypatch, impl="cublaslt")
+    case = replace(case, dtype=dtype)
+    check(case)
+    with torch.no_grad():
+        y = [dk.mlp(*map(on_device, case.inputs(draw).values())) for draw in range(case.draws)]
+    assert_numeric_rule(
+        {"y": torch.stack(y).cpu()}, {"y": case.plain()["y"]}, {"y": case.truth()["y"]}
+    )
+
+
+# --- compiled for GPUs that need not be there
+
+
+def launches() -> dict[str, Callable[[], None]]:
+    """A call, forward and backward, for every entry of the table; features are no whole tiles."""
+    shapes = {
+        (entry["rows"], {2: torch.bfloat16, 4: torch.float32}[entry["itemsize"]])
+        for entry in load("default")
+        if entry["kernel"] in KERNELS
+    }
+    return {
+        f"{rows}-{name_of(dtype)}": partial(_launch, MLPCase((rows, 1168), 4624, 1168, dtype))
+        for rows, dtype in sorted(shapes, key=str)
+    }
+
+
+def _launch(case: MLPCase) -> None:
+    (rows, features), hidden, out = case.shape, case.hidden, case.out
+    shapes = ((rows, features), (hidden, features), (hidden,), (out, hidden), (out,))
+    inputs = [torch.empty(shape, dtype=case.dtype) for shape in shapes]
+    problem = MLPProblem.from_tensors(*inputs)
+    y, saved = backend.mlp(problem, *inputs, save_hidden=True)
+    backend.mlp_backward(problem, y, *inputs[:4], saved)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[compilation.Result]:
+    results = compilation.compiled("tests.diffit_kernels.triton.test_mlp")
+    compilation.print_report(results)
+    return results
+
+
+def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
+    assert len(compiled) == 3 * len(launches()) * len(compilation.TARGETS)
+    compilation.assert_fits(compiled)
+
+
+def test_16_bit_products_use_the_tensor_cores_of_hopper(compiled: list[compilation.Result]) -> None:
+    products = [result for result in compiled if result["target"] == "sm_90"]
+    for result in products:
+        assert result["hgmma"] == ("float32" not in result["call"]), result
