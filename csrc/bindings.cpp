@@ -96,6 +96,39 @@ void bias_gelu_backward(const Rows& shape, Address hidden, Address bias, Address
     diffit::bias_gelu_backward(g, static_cast<int>(shape[3]));
 }
 
+// rows, features, dtype of x, dtype of y, threads
+using NormShape = std::array<int64_t, 5>;
+
+diffit::AddLayerNorm problem(const NormShape& shape, double eps) {
+    diffit::AddLayerNorm p{};
+    p.rows = shape[0];
+    p.features = shape[1];
+    p.x_dtype = static_cast<diffit::DType>(shape[2]);
+    p.y_dtype = static_cast<diffit::DType>(shape[3]);
+    p.eps = static_cast<float>(eps);
+    return p;
+}
+
+void add_layer_norm(const NormShape& shape, double eps, Address x, Address y, Address s,
+                    Address n) {
+    diffit::AddLayerNorm p = problem(shape, eps);
+    p.x = pointer<void>(x);
+    p.y = pointer<void>(y);
+    p.s = pointer<void>(s);
+    p.n = pointer<void>(n);
+    diffit::add_layer_norm(p, static_cast<int>(shape[4]));
+}
+
+void add_layer_norm_backward(const NormShape& shape, double eps, Address grad_s, Address grad_n,
+                             Address s, Address grad) {
+    diffit::AddLayerNorm p = problem(shape, eps);
+    p.grad_s = pointer<void>(grad_s);
+    p.grad_n = pointer<void>(grad_n);
+    p.s = pointer<void>(s);
+    p.grad = pointer<void>(grad);
+    diffit::add_layer_norm_backward(p, static_cast<int>(shape[4]));
+}
+
 void token_sum(int64_t batch, int64_t tokens, int64_t columns, int64_t dtype, int64_t threads,
                Address x, int64_t stride_batch, int64_t stride_token, Address out) {
     diffit::TokenSum t{};
@@ -122,5 +155,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("window_attention_backward", window_attention_backward, release);
     m.def("bias_gelu", bias_gelu, release);
     m.def("bias_gelu_backward", bias_gelu_backward, release);
+    m.def("add_layer_norm", add_layer_norm, release);
+    m.def("add_layer_norm_backward", add_layer_norm_backward, release);
     m.def("token_sum", token_sum, release);
 }

@@ -239,6 +239,20 @@ void bias_gelu_backward(BiasGelu g, int threads) {
     std::copy(total.begin(), total.end(), g.grad_bias);
 }
 
+void add_layer_norm(AddLayerNorm p, int threads) {
+    const auto kernel = kernels(p.y_dtype).add_layer_norm[p.x_dtype != p.y_dtype];
+    p.chunk = std::max<int64_t>(1, 16384 / p.features);
+    for_each_item(kernels(p.y_dtype), p.chunks(), p.features * sizeof(float), threads,
+                  [&](int64_t item, char* scratch) { kernel(p, item, scratch); });
+}
+
+void add_layer_norm_backward(AddLayerNorm p, int threads) {
+    const auto kernel = kernels(p.y_dtype).add_layer_norm_backward[p.x_dtype != p.y_dtype];
+    p.chunk = std::max<int64_t>(1, 16384 / p.features);
+    for_each_item(kernels(p.y_dtype), p.chunks(), 0, threads,
+                  [&](int64_t item, char* scratch) { kernel(p, item, scratch); });
+}
+
 void token_sum(const TokenSum& t, int threads) {
     const Kernels& k = kernels(t.dtype);
     for_each_item(k, k.token_sum_items(t), 0, threads,

@@ -5,6 +5,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "add_layer_norm.h"
 #include "bias_gelu.h"
 #include "token_sum.h"
 #include "window_attention.h"
@@ -28,6 +29,8 @@ constexpr Kernels kernels_of() {
             Backward<E, T>::run,
             BiasGeluKernel<T>::forward,
             BiasGeluKernel<T>::backward,
+            {AddLayerNormKernel<T, T>::forward, AddLayerNormKernel<float, T>::forward},
+            {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward},
             TokenSumKernel<T>::items,
             TokenSumKernel<T>::run};
 }

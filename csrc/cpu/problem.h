@@ -59,6 +59,21 @@ struct BiasGelu {
     int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 };
 
+// s = x + y and n, its layer norm without parameters, over (rows, features); and the gradient. x and
+// s have dtype x_dtype, y and n dtype y_dtype: the same, or the former is float32.
+struct AddLayerNorm {
+    int64_t rows, features;
+    DType x_dtype, y_dtype;
+    float eps;
+    const void *x, *y;
+    void *s, *n;
+    const void *grad_s, *grad_n;
+    void* grad;  // of x, and of y
+
+    int64_t chunk;  // rows in one item of work
+    int64_t chunks() const { return (rows + chunk - 1) / chunk; }
+};
+
 // out (B, columns) = sum over tokens of x (B, tokens, columns), last stride 1.
 struct TokenSum {
     int64_t batch, tokens, columns;
@@ -78,6 +93,9 @@ struct Kernels {
     void (*backward)(const WindowAttention&, int64_t item, char* scratch);
     void (*bias_gelu)(const BiasGelu&, int64_t item);
     void (*bias_gelu_backward)(const BiasGelu&, int64_t item);
+    // For x of the dtype of y, and of float32.
+    void (*add_layer_norm[2])(const AddLayerNorm&, int64_t item, char* scratch);
+    void (*add_layer_norm_backward[2])(const AddLayerNorm&, int64_t item, char* scratch);
     int64_t (*token_sum_items)(const TokenSum&);
     void (*token_sum)(const TokenSum&, int64_t item);
 };

@@ -72,8 +72,6 @@ def supports(problem: Problem) -> str | None:
     """Why the compiled kernels cannot run this problem, or None."""
     if problem.device_type != "cpu":
         return f"the tensors are on {problem.device_type}"
-    if isinstance(problem, AddLayerNormProblem):
-        return "add_layer_norm has no compiled kernel yet"
     if problem.dtype not in _DTYPES:
         return f"{problem.dtype} is not one of float32, bfloat16, float16"
     if isinstance(problem, WindowAttentionProblem):
@@ -250,4 +248,43 @@ def mlp_backward(
         grad_fc1_bias.to(x.dtype),
         grad_rows.t() @ activation,
         grad_rows.sum(dim=0),
+    )
+
+
+def add_layer_norm(
+    problem: AddLayerNormProblem, x: Tensor, y: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    x, y = x.contiguous(), y.contiguous()
+    s, n = torch.empty_like(x), torch.empty_like(y)
+    _module.add_layer_norm(
+        _norm_shape(problem), eps, x.data_ptr(), y.data_ptr(), s.data_ptr(), n.data_ptr()
+    )
+    return s, n
+
+
+def add_layer_norm_backward(
+    problem: AddLayerNormProblem, grad_s: Tensor, grad_n: Tensor, s: Tensor, eps: float
+) -> Tensor:
+    """As the reference."""
+    grad_s, grad_n, s = grad_s.contiguous(), grad_n.contiguous(), s.contiguous()
+    grad = torch.empty_like(s)
+    _module.add_layer_norm_backward(
+        _norm_shape(problem),
+        eps,
+        grad_s.data_ptr(),
+        grad_n.data_ptr(),
+        s.data_ptr(),
+        grad.data_ptr(),
+    )
+    return grad
+
+
+def _norm_shape(problem: AddLayerNormProblem) -> tuple[int, ...]:
+    return (
+        problem.rows,
+        problem.features,
+        _DTYPES[problem.dtype],
+        _DTYPES[problem.y_dtype],
+        torch.get_num_threads(),
     )

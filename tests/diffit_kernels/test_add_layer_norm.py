@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import diffit_kernels as dk
-from tests.backends import BACKENDS, running_on
 from tests.cases import DTYPES, LAYOUTS, AddLayerNormCase, Tensors, plain_add_layer_norm
 from tests.numeric_rule import assert_numeric_rule
 
@@ -35,14 +34,6 @@ def name_of(value: object) -> str:
 
 def check(case: AddLayerNormCase) -> None:
     assert_numeric_rule(case.operator(), case.plain(), case.truth())
-
-
-# The compiled kernels do not have it yet.
-@pytest.fixture(params=[name for name in BACKENDS if not name.startswith("cpu")])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """In place of the fixture of every backend."""
-    with running_on(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=name_of)

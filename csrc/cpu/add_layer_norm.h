@@ -1,0 +1,119 @@
+// s = x + y and n = (s - mean) / sqrt(var + eps) of a row, and the gradient, over a chunk of rows. The
+// mean of a row far from zero is rounded to units of its size; the mean of the deviations, which is
+// what that leaves, is taken off too.
+#pragma once
+
+#include <cmath>
+
+#include "problem.h"
+#include "vec.h"
+
+namespace diffit {
+namespace {
+
+inline float sum_of_lanes(vf x) {
+    float lanes[W], sum = 0;
+    store(lanes, x);
+    for (int i = 0; i < W; ++i) sum += lanes[i];
+    return sum;
+}
+
+// X: dtype of x, s and their gradient. Y: dtype of y, n and its gradient.
+template <class X, class Y>
+struct AddLayerNormKernel {
+    // Calls each(column, lanes, sums) for the vectors of a row; returns N sums over the row, each made
+    // of short sums, which keeps rounding errors small.
+    template <int N, class Each>
+    static void sum(int64_t features, float (&out)[N], const Each& each) {
+        constexpr int64_t block = 8 * W;
+        vf total[N] = {};
+        for (int64_t first = 0; first < features; first += block) {
+            vf part[N] = {};
+            const int64_t end = first + block < features ? first + block : features;
+            int64_t c = first;
+            for (; c + W <= end; c += W) each(c, W, part);
+            if (c < end) each(c, static_cast<int>(end - c), part);
+            for (int i = 0; i < N; ++i) total[i] += part[i];
+        }
+        for (int i = 0; i < N; ++i) out[i] = sum_of_lanes(total[i]);
+    }
+
+    // Calls each(column, lanes) for the vectors of a row.
+    template <class Each>
+    static void over(int64_t features, const Each& each) {
+        int64_t c = 0;
+        for (; c + W <= features; c += W) each(c, W);
+        if (c < features) each(c, static_cast<int>(features - c));
+    }
+
+    // The lanes of a vector that are in the row; lanes past it must not count as deviations.
+    static vf valid(vf x, int n) {
+        if (n == W) return x;
+        float lanes[W];
+        store(lanes, x);
+        for (int i = n; i < W; ++i) lanes[i] = 0;
+        return load(lanes);
+    }
+
+    static void forward(const AddLayerNorm& p, int64_t item, char* scratch) {
+        float* row = reinterpret_cast<float*>(scratch);
+        const float count = static_cast<float>(p.features);
+        for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
+            const X* x = static_cast<const X*>(p.x) + r * p.features;
+            const Y* y = static_cast<const Y*>(p.y) + r * p.features;
+            X* s = static_cast<X*>(p.s) + r * p.features;
+            Y* n = static_cast<Y*>(p.n) + r * p.features;
+            float total[1], moments[2];
+            sum(p.features, total, [&](int64_t c, int lanes, vf(&t)[1]) {
+                const vf v = load(x + c, lanes) + load(y + c, lanes);
+                store(row + c, v, lanes);
+                store(s + c, v, lanes);
+                t[0] += v;
+            });
+            const float mean = total[0] / count;
+            sum(p.features, moments, [&](int64_t c, int lanes, vf(&t)[2]) {
+                const vf d = valid(load(row + c, lanes) - mean, lanes);
+                t[0] += d;
+                t[1] += d * d;
+            });
+            const float rest = moments[0] / count;
+            const float rstd = 1 / std::sqrt(moments[1] / count - rest * rest + p.eps);
+            over(p.features, [&](int64_t c, int lanes) {
+                store(n + c, (load(row + c, lanes) - mean - rest) * rstd, lanes);
+            });
+        }
+    }
+
+    // grad = grad_s + rstd (grad_n - mean(grad_n) - n mean(grad_n n))
+    static void backward(const AddLayerNorm& p, int64_t item, char*) {
+        const float count = static_cast<float>(p.features);
+        for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
+            const X* s = static_cast<const X*>(p.s) + r * p.features;
+            const X* grad_s = static_cast<const X*>(p.grad_s) + r * p.features;
+            const Y* grad_n = static_cast<const Y*>(p.grad_n) + r * p.features;
+            X* grad = static_cast<X*>(p.grad) + r * p.features;
+            float total[1], moments[4];
+            sum(p.features, total,
+                [&](int64_t c, int lanes, vf(&t)[1]) { t[0] += load(s + c, lanes); });
+            const float mean = total[0] / count;
+            sum(p.features, moments, [&](int64_t c, int lanes, vf(&t)[4]) {
+                const vf d = valid(load(s + c, lanes) - mean, lanes), g = load(grad_n + c, lanes);
+                t[0] += d;
+                t[1] += d * d;
+                t[2] += g;
+                t[3] += g * d;
+            });
+            const float rest = moments[0] / count, grad_mean = moments[2] / count;
+            const float rstd = 1 / std::sqrt(moments[1] / count - rest * rest + p.eps);
+            const float along_n = (moments[3] / count - rest * grad_mean) * rstd;
+            over(p.features, [&](int64_t c, int lanes) {
+                const vf normed = (load(s + c, lanes) - mean - rest) * rstd;
+                const vf g = load(grad_n + c, lanes) - grad_mean - normed * along_n;
+                store(grad + c, load(grad_s + c, lanes) + rstd * g, lanes);
+            });
+        }
+    }
+};
+
+}  // namespace
+}  // namespace diffit
