@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from diffit_kernels import native, reference
+from diffit_kernels import native, reference, triton
 from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
 
 # A backend is a module with the functions of `reference`, or the reason why there is none.
 _BACKENDS: dict[str, ModuleType | str] = {
     "reference": reference,
     "cpu": native,
-    "triton": "this version has no Triton kernels",
+    "triton": triton,
     "cuda": "this version has no CUDA C++ kernels",
 }
 # What "auto" tries, in this order, for a tensor on each type of device.
-_AUTO = {"cpu": ("cpu", "reference")}
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _AUTO_ELSEWHERE = ("reference",)
 
 

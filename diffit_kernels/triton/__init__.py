@@ -1,0 +1,48 @@
+"""The Triton kernels for GPUs, as a backend."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
+
+_import_error: str | None = None
+# The interpreter runs kernels on the CPU, for tests. It is chosen when they are imported.
+_interpreted = False
+try:
+    import triton
+
+    from diffit_kernels.triton.attention import window_attention, window_attention_backward
+
+    _interpreted = triton.knobs.runtime.interpret
+except ImportError as error:
+    _import_error = f"Triton could not be loaded ({error}); install the package triton"
+
+__all__ = ["supports", "unavailable", "window_attention", "window_attention_backward"]
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the kernels cannot run in this process, or None."""
+    if _import_error is None and not _interpreted and not torch.cuda.is_available():
+        return "there is no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    return _import_error
+
+
+def supports(problem: WindowAttentionProblem | MLPProblem) -> str | None:
+    """Why the kernels cannot run this problem, or None."""
+    if isinstance(problem, MLPProblem):
+        return "this version has no Triton kernels for the MLP"
+    if problem.device_type != "cuda" and not (_interpreted and problem.device_type == "cpu"):
+        return f"the tensors are on {problem.device_type}"
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{problem.dtype} is not one of float32, bfloat16, float16"
+    if _interpreted and problem.dtype == torch.bfloat16:
+        return "the interpreter of Triton multiplies bfloat16 wrongly"
+    if problem.head_dim % 8 or not 8 <= problem.head_dim <= 128:
+        return f"head width {problem.head_dim} is not a multiple of 8 from 8 to 128"
+    if problem.window_size[1] > 64:
+        return f"window {problem.window_size} is wider than 64"
+    return None
