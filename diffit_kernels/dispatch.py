@@ -18,7 +18,7 @@ _BACKENDS: dict[str, ModuleType | str] = {
     "cuda": "this version has no CUDA C++ kernels",
 }
 # What "auto" tries, in this order, for a tensor on each type of device.
-_AUTO = {"cpu": ("cpu", "reference")}
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _AUTO_ELSEWHERE = ("reference",)
 
 

@@ -6,13 +6,16 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffit_kernels.problem import WindowAttentionProblem
 
 
 @lru_cache(maxsize=32)
-def _index(wh: int, ww: int) -> Tensor:
-    y, x = torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij")
+def _index(wh: int, ww: int, device: torch.device | str) -> Tensor:
+    y, x = torch.meshgrid(
+        torch.arange(wh, device=device), torch.arange(ww, device=device), indexing="ij"
+    )
     y, x = y.flatten(), x.flatten()
     dy = y[:, None] - y[None, :] + wh - 1
     dx = x[:, None] - x[None, :] + ww - 1
@@ -24,7 +27,7 @@ def relative_position_index(window_size: tuple[int, int]) -> Tensor:
 
     ``index(i, j) = (yi - yj + wh - 1) (2 ww - 1) + (xi - xj + ww - 1)``
     """
-    return _index(*window_size).clone()
+    return _index(*window_size, "cpu").clone()
 
 
 def partition(problem: WindowAttentionProblem, x: Tensor, parts: int) -> Tensor:
@@ -60,7 +63,7 @@ def _logits(
 ) -> Tensor:
     logits = (q @ k.transpose(-1, -2)) * scale
     if rel_pos_table is not None:
-        index = _index(*problem.window_size).to(rel_pos_table.device)
+        index = _index(*problem.window_size, rel_pos_table.device)
         bias = rel_pos_table[index.flatten()]
         bias = bias.reshape(problem.window_tokens, problem.window_tokens, problem.num_heads)
         logits = logits + bias.permute(2, 0, 1).to(logits.dtype)
@@ -128,13 +131,25 @@ def window_attention_backward(
 
     grad_table = None
     if rel_pos_table is not None:
-        summed = grad_logits.to(problem.table_dtype).sum(dim=(0, 1)).flatten(1)
-        index = _index(*problem.window_size).flatten().to(summed.device)
-        grad_table = torch.zeros_like(rel_pos_table, memory_format=torch.contiguous_format)
-        grad_table.index_add_(0, index, summed.t())
+        summed = grad_logits.to(problem.table_dtype).sum(dim=(0, 1))
+        summed = summed.unflatten(-1, problem.window_size).unflatten(-3, problem.window_size)
+        by_x = _sum_diagonals(summed.transpose(-2, -3))  # (heads, yi, yj, dx)
+        by_y = _sum_diagonals(by_x.movedim(-1, 1))  # (heads, dx, dy)
+        grad_table = by_y.permute(2, 1, 0).reshape(rel_pos_table.shape)
     grad_q_row = grad_q.sum(dim=(1, 3)).flatten(1) if q_row is not None else None
     grad_v_row = grad_v.sum(dim=(1, 3)).flatten(1) if v_row is not None else None
     return grad_qkv, grad_table, grad_q_row, grad_v_row
+
+
+def _sum_diagonals(x: Tensor) -> Tensor:
+    """(..., n, n) -> (..., 2 n - 1): entry i - j + n - 1 is the sum of all x[i, j].
+
+    Deterministic on every device. Padded to 2 n columns and read as 2 n - 1, each row starts one
+    column further right than the one before.
+    """
+    n = x.shape[-1]
+    skewed = pad(x.flip(-1), (0, n)).flatten(-2)[..., : n * (2 * n - 1)]
+    return skewed.unflatten(-1, (n, 2 * n - 1)).sum(dim=-2)
 
 
 def _unpartition_rows(problem: WindowAttentionProblem, rows: Tensor) -> Tensor:

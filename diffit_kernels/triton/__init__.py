@@ -19,6 +19,7 @@ try:
         add_layer_norm,
         add_layer_norm_backward,
     )
+    from diffit_kernels.triton.attention import window_attention, window_attention_backward
     from diffit_kernels.triton.mlp import mlp, mlp_backward
 
     _interpreted = triton.knobs.runtime.interpret
@@ -32,6 +33,8 @@ __all__ = [
     "mlp_backward",
     "supports",
     "unavailable",
+    "window_attention",
+    "window_attention_backward",
 ]
 
 
@@ -45,8 +48,6 @@ def unavailable() -> str | None:
 
 def supports(problem: Problem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
-    if isinstance(problem, WindowAttentionProblem):
-        return "this version has no Triton kernels for window_attention"
     if problem.device_type != "cuda" and not (_interpreted and problem.device_type == "cpu"):
         return f"the tensors are on {problem.device_type}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -56,6 +57,11 @@ def supports(problem: Problem) -> str | None:
         dtypes.append(problem.y_dtype)
         if problem.features > MAX_FEATURES:
             return f"a row of {problem.features} is longer than {MAX_FEATURES}"
+    if isinstance(problem, WindowAttentionProblem):
+        if problem.head_dim % 8 or not 8 <= problem.head_dim <= 128:
+            return f"head width {problem.head_dim} is not a multiple of 8 from 8 to 128"
+        if problem.window_size[1] > 64:
+            return f"window {problem.window_size} is wider than 64"
     if _interpreted and torch.bfloat16 in dtypes:
         return "the interpreter of Triton rounds and multiplies bfloat16 wrongly"
     return None

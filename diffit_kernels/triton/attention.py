@@ -1,0 +1,270 @@
+"""Launches the kernels of windowed attention: small windows whole, large ones in tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from diffit_kernels.problem import WindowAttentionProblem
+from diffit_kernels.triton import attention_large as large
+from diffit_kernels.triton import attention_small as small
+from diffit_kernels.triton import attention_tiles as tiles
+from diffit_kernels.triton.configs import Configs, choose
+
+# Slots of a window up to which a program holds it whole: 64 x 64 logits fit in registers. The
+# backward pass also holds the sums of two tiles there, of as many numbers.
+_SMALL = 64
+
+# Programs that keep any GPU busy, where work may be cut at will. The same on every device, so that
+# the sums are.
+_PROGRAMS = 1024
+
+# Numbers that a program of ``add_partials`` reads at once.
+_PARTIALS = 4096
+
+
+def window_attention(
+    problem: WindowAttentionProblem,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    scale: float,
+    *,
+    configs: Configs | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
+    qkv = _rows_contiguous(qkv)
+    q_row, v_row = _contiguous(q_row), _contiguous(v_row)
+    out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
+    lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=torch.float32)
+    windows = problem.batch * problem.windows
+    arguments = (
+        *(qkv, _scaled_table(rel_pos_table), q_row, v_row, out, lse),
+        *(qkv.stride(0), qkv.stride(1), problem.tokens, problem.grid_size[1], problem.num_heads),
+    )
+    with torch.cuda.device_of(qkv):
+        if problem.window_tokens <= _SMALL:
+            config = _config("small_forward", problem.window_tokens, problem, qkv, configs)
+            programs = problem.num_heads * triton.cdiv(windows, config["WINDOWS"])
+            block = max(16, triton.next_power_of_2(problem.window_tokens))
+            small.forward[(programs,)](*arguments, windows, scale, BLOCK_M=block, **config)
+        else:
+            config = _config("large_forward", problem.window_tokens, problem, qkv, configs)
+            q_tiles = triton.cdiv(problem.window_tokens, config["BLOCK_M"])
+            large.forward[(q_tiles * problem.num_heads * windows,)](*arguments, scale, **config)
+    return out, lse
+
+
+def window_attention_backward(
+    problem: WindowAttentionProblem,
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    configs: Configs | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
+    qkv, grad_out = _rows_contiguous(qkv), _rows_contiguous(grad_out)
+    table, q_row, v_row = _scaled_table(rel_pos_table), _contiguous(q_row), _contiguous(v_row)
+    grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
+    slots = problem.window_size[0] * _row(problem)
+    small_window = slots <= _SMALL and slots * problem.head_dim <= _SMALL**2
+    with torch.cuda.device_of(qkv):
+        if small_window:
+            sums = _small_backward(
+                problem, grad_out, qkv, table, q_row, v_row, grad_qkv, scale, configs
+            )
+        else:
+            saved = (out.contiguous(), lse.contiguous())
+            sums = _large_backward(
+                problem, grad_out, qkv, table, q_row, v_row, *saved, grad_qkv, scale, configs
+            )
+    return grad_qkv, *sums
+
+
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _small_backward(
+    problem: WindowAttentionProblem,
+    grad_out: Tensor,
+    qkv: Tensor,
+    table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    grad_qkv: Tensor,
+    scale: float,
+    configs: Configs | None,
+) -> Sums:
+    """Fill ``grad_qkv``; gradients of the table and the rows."""
+    batch, heads, row = problem.batch, problem.num_heads, _row(problem)
+    block = max(16, triton.next_power_of_2(problem.window_size[0] * row))
+    config = _config("small_backward", block, problem, qkv, configs)
+    groups = triton.cdiv(problem.windows, config["WINDOWS"])
+    steps = triton.cdiv(groups, triton.cdiv(_PROGRAMS, batch * heads))
+    splits = triton.cdiv(groups, steps)
+    table_partial = _table_partial(table, batch * splits, 1, 1, block // row, block // row, row)
+    q_partial, v_partial = (_row_partial(problem, x, splits) for x in (q_row, v_row))
+    small.backward[(batch * splits * heads,)](
+        *(grad_out, qkv, table, q_row, grad_qkv, table_partial, q_partial, v_partial),
+        *_sizes(problem, grad_out, qkv),
+        *(splits, steps, scale),
+        ROW=row,
+        BLOCK_M=block,
+        **config,
+    )
+    grad_table = _grad_table(problem, table_partial, block // row, block // row)
+    return grad_table, _row_sum(q_partial, qkv), _row_sum(v_partial, qkv)
+
+
+def _large_backward(
+    problem: WindowAttentionProblem,
+    grad_out: Tensor,
+    qkv: Tensor,
+    table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_qkv: Tensor,
+    scale: float,
+    configs: Configs | None,
+) -> Sums:
+    """Fill ``grad_qkv``; gradients of the table and the rows."""
+    heads, row, windows = problem.num_heads, _row(problem), problem.batch * problem.windows
+    sizes = _sizes(problem, grad_out, qkv)
+    weight, delta = torch.empty_like(lse), torch.empty_like(lse)
+
+    config = _config("large_backward_q", problem.window_tokens, problem, qkv, configs)
+    q_tiles = triton.cdiv(problem.window_tokens, config["BLOCK_M"])
+    parts = problem.windows * q_tiles
+    q_partial, v_partial = (_row_partial(problem, x, parts) for x in (q_row, v_row))
+    large.backward_q[(q_tiles * heads * windows,)](
+        *(grad_out, qkv, table, q_row, v_row, out, lse, grad_qkv, weight, delta),
+        *(q_partial, v_partial, *sizes, scale),
+        **config,
+    )
+
+    saved = (grad_out, qkv, table, q_row, lse, weight, delta)
+    config = _config("large_backward_kv", problem.window_tokens, problem, qkv, configs)
+    k_tiles = triton.cdiv(problem.window_tokens, config["BLOCK_N"])
+    large.backward_kv[(k_tiles * heads * windows,)](*saved, grad_qkv, *sizes, scale, **config)
+
+    grad_table = None
+    if table is not None:
+        slots = problem.window_size[0] * row
+        config = _config("large_backward_table", slots, problem, qkv, configs)
+        block_m, block_n = (max(config.pop(name), row) for name in ("BLOCK_M", "BLOCK_N"))
+        q_tiles, k_tiles = triton.cdiv(slots, block_m), triton.cdiv(slots, block_n)
+        splits = min(windows, triton.cdiv(_PROGRAMS, heads * q_tiles * k_tiles))
+        rows = (block_m // row, block_n // row)
+        partial = _table_partial(table, splits, q_tiles, k_tiles, *rows, row)
+        large.backward_table[(heads * splits * q_tiles * k_tiles,)](
+            *(*saved, partial, *sizes, windows, splits, scale),
+            ROW=row,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            **config,
+        )
+        grad_table = _grad_table(problem, partial, *rows)
+    return grad_table, _row_sum(q_partial, qkv), _row_sum(v_partial, qkv)
+
+
+def _config(
+    kernel: str, slots: int, problem: WindowAttentionProblem, qkv: Tensor, configs: Configs | None
+) -> dict[str, Any]:
+    """What a launch passes by name: the tuned parameters and those of the problem."""
+    (wh, ww), width = problem.window_size, problem.head_dim
+    d0 = max(16, 1 << (width.bit_length() - 1))
+    d1 = max(16, triton.next_power_of_2(width - d0)) if width > d0 else 0
+    if d0 == d1:
+        d0, d1 = 2 * d0, 0
+    tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if configs is None:
+        parameters = choose(
+            kernel, qkv.device, problem.dtype.itemsize, window_tokens=slots, head_dim=width
+        )
+    else:
+        parameters = configs[kernel]
+    return {
+        **parameters,
+        "WH": wh,
+        "WW": ww,
+        "HEAD_DIM": width,
+        "D0": d0,
+        "D1": d1,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "enable_fp_fusion": True,
+    }
+
+
+def _sizes(problem: WindowAttentionProblem, grad_out: Tensor, qkv: Tensor) -> tuple[int, ...]:
+    return (
+        *(grad_out.stride(0), grad_out.stride(1), qkv.stride(0), qkv.stride(1)),
+        *(problem.tokens, problem.grid_size[1], problem.num_heads),
+    )
+
+
+def _row(problem: WindowAttentionProblem) -> int:
+    """Slots of a row of the window where rows must be whole."""
+    return triton.next_power_of_2(problem.window_size[1])
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _scaled_table(table: Tensor | None) -> Tensor | None:
+    """(heads, rows), for logits in base 2."""
+    if table is None:
+        return None
+    return torch.mul(table.t(), tiles.LOG2E.value, out=table.new_empty(table.t().shape))
+
+
+def _table_partial(
+    table: Tensor | None, splits: int, q_tiles: int, k_tiles: int, ry: int, ky: int, row: int
+) -> Tensor | None:
+    """What ``fold`` writes to, for tiles of ``ry`` rows of queries and ``ky`` rows of keys."""
+    if table is None:
+        return None
+    return table.new_empty(table.shape[0], splits, q_tiles, k_tiles, ry + ky - 1, row, row)
+
+
+def _grad_table(
+    problem: WindowAttentionProblem, partial: Tensor | None, ry: int, ky: int
+) -> Tensor | None:
+    if partial is None:
+        return None
+    heads, splits, q_tiles, k_tiles = partial.shape[:4]
+    (wh, ww), row = problem.window_size, _row(problem)
+    grad_table = partial.new_empty(problem.table_rows, heads)
+    block = max(1, _PARTIALS // (2 * row * row))
+    tiles.add_partials[(2 * wh - 1, heads)](
+        *(partial, grad_table, heads, splits, q_tiles, k_tiles, ry, ky, wh, ww, row, block),
+        enable_fp_fusion=True,
+    )
+    return grad_table
+
+
+def _row_partial(problem: WindowAttentionProblem, row: Tensor | None, parts: int) -> Tensor | None:
+    """Sums over parts of the tokens of a sample."""
+    if row is None:
+        return None
+    return row.new_empty(problem.batch, parts, problem.dim, dtype=torch.float32)
+
+
+def _row_sum(partial: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if partial is None else partial.sum(dim=1).to(like.dtype)
