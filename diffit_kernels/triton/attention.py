@@ -15,7 +15,8 @@ from diffit_kernels.triton import attention_small as small
 from diffit_kernels.triton import attention_tiles as tiles
 from diffit_kernels.triton.configs import Config, choose
 
-# Slots of a window up to which a program holds it whole: 64 x 64 logits fit in registers.
+# Slots of a window up to which a program holds it whole: 64 x 64 logits fit in registers. The
+# backward pass also holds the sums of two tiles there, of as many numbers.
 _SMALL = 64
 
 # Programs that keep any GPU busy, where work may be cut at will. The same on every device, so that
@@ -78,7 +79,8 @@ def window_attention_backward(
     qkv, grad_out = _rows_contiguous(qkv), _rows_contiguous(grad_out)
     table, q_row, v_row = _scaled_table(rel_pos_table), _contiguous(q_row), _contiguous(v_row)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
-    small_window = problem.window_size[0] * _row(problem) <= _SMALL
+    slots = problem.window_size[0] * _row(problem)
+    small_window = slots <= _SMALL and slots * problem.head_dim <= _SMALL**2
     with torch.cuda.device_of(qkv):
         if small_window:
             sums = _small_backward(
