@@ -63,7 +63,8 @@ class AttentionCase:
     """``window_attention`` on ``windows`` (down, across) windows of random numbers.
 
     ``scale`` is in units of head_dim ** -0.5. With ``constant`` all tokens of a sample are equal,
-    with ``strided`` the table and the rows are views with gaps.
+    with ``strided`` the table and the rows are views with gaps. The operator runs on ``device``,
+    what it is compared with on the CPU.
     """
 
     window: tuple[int, int]
@@ -80,12 +81,13 @@ class AttentionCase:
     strided: bool = False
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
+    device: str = "cpu"
 
     @property
     def problem(self) -> WindowAttentionProblem:
         grid = (self.window[0] * self.windows[0], self.window[1] * self.windows[1])
         return WindowAttentionProblem(
-            self.batch, grid, self.window, self.heads, self.head_dim, self.dtype, "cpu"
+            self.batch, grid, self.window, self.heads, self.head_dim, self.dtype, self.device
         )
 
     @property
@@ -98,13 +100,15 @@ class AttentionCase:
         rows = self.batch * self.problem.dim
         if self.constant or "expanded" in self.layout + self.grad_layout:
             rows = self.batch * self.heads
-        # Large offsets in a window are rare, so their entries of the table are sums of few terms.
-        table = self.heads * self.problem.table_rows // 4
-        return _draws(rows, self.batch * self.heads * self.problem.tokens, table)
+        sizes = [rows, self.batch * self.heads * self.problem.tokens]
+        if self.table:
+            # Large offsets in a window are rare, so their entries are sums of few terms.
+            sizes.append(self.heads * self.problem.table_rows // 4)
+        return _draws(*sizes)
 
     def inputs(self, draw: int = 0) -> OptionalTensors:
         """qkv, rel_pos_table, q_row and v_row."""
-        problem, uniform = self.problem, _uniform(draw)
+        problem, uniform = self.problem, _uniform(draw, self.device)
         qkv = uniform(self.batch, problem.tokens, 3 * problem.dim).to(self.dtype)
         if self.constant:
             qkv = qkv[:, :1].repeat(1, problem.tokens, 1)
@@ -121,26 +125,30 @@ class AttentionCase:
 
     def grad_out(self, draw: int = 0) -> Tensor:
         problem = self.problem
-        grad = _uniform(-1 - draw)(self.batch, problem.tokens, problem.dim).to(self.dtype)
+        uniform = _uniform(-1 - draw, self.device)
+        grad = uniform(self.batch, problem.tokens, problem.dim).to(self.dtype)
         return LAYOUTS[self.grad_layout](grad)
 
     def operator(self, draws: int | None = None) -> Tensors:
         """What ``torch.ops.diffit.window_attention`` gives on the backend in use."""
-        return self._outputs(
+        outputs = self._outputs(
             lambda *tensors: torch.ops.diffit.window_attention(*tensors, *self.arguments),
             draws=draws,
         )
+        return {name: tensor.cpu() for name, tensor in outputs.items()}
 
     @cache
     def plain(self) -> Tensors:
         """The equations in PyTorch, differentiated by autograd, in the dtype of the case."""
-        return self._outputs(partial(_plain_attention, self))
+        case = replace(self, device="cpu")
+        return case._outputs(partial(_plain_attention, case))
 
     @cache
     def truth(self) -> Tensors:
         """The equations in float64 on the same rounded inputs."""
-        exact = replace(self, dtype=torch.float64)
-        return self._outputs(partial(_plain_attention, exact), torch.Tensor.double)
+        case = replace(self, device="cpu")
+        exact = replace(case, dtype=torch.float64)
+        return case._outputs(partial(_plain_attention, exact), torch.Tensor.double)
 
     def _outputs(
         self,
@@ -368,9 +376,12 @@ def stack(draws: list[Tensors]) -> Tensors:
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
-def _uniform(seed: int) -> Callable[..., Tensor]:
+def _uniform(seed: int, device: str = "cpu") -> Callable[..., Tensor]:
     """Mean 0, variance 1, and no outliers on which a largest error would hang."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: (
-        torch.rand(*shape, generator=generator, dtype=torch.float64) * 12**0.5 - 3**0.5
-    )
+
+    def uniform(*shape: int) -> Tensor:
+        numbers = torch.rand(*shape, generator=generator, dtype=torch.float64)
+        return (numbers * 12**0.5 - 3**0.5).to(device)
+
+    return uniform

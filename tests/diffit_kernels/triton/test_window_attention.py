@@ -1,0 +1,205 @@
+"""The numeric rule for the Triton kernels: on the GPU, or in the interpreter without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import diffit_kernels as dk
+from diffit_kernels import reference
+from tests.cases import LAYOUTS, AttentionCase
+from tests.numeric_rule import assert_numeric_rule
+
+if reason := dk.available_backends()["triton"]:
+    pytest.skip(reason, allow_module_level=True)
+
+from diffit_kernels.triton import attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+# Tiles so small that small windows cross their borders, and a border of queries is none of keys.
+TINY = {
+    "small_forward": {"WINDOWS": 2},
+    "small_backward": {"WINDOWS": 2},
+    "large_forward": {"BLOCK_M": 32, "BLOCK_N": 16},
+    "large_backward_q": {"BLOCK_M": 16, "BLOCK_N": 32},
+    "large_backward_kv": {"BLOCK_M": 16, "BLOCK_N": 32},
+    "large_backward_table": {"BLOCK_M": 32, "BLOCK_N": 16},
+}
+
+
+def case_of(window: tuple[int, int], head_dim: int, **options: object) -> AttentionCase:
+    return AttentionCase(window, head_dim, **{"heads": 4, "batch": 1, "device": DEVICE} | options)
+
+
+# Whole windows, as the tuned tables have it.
+SMALL = [
+    case_of((3, 5), 24, windows=(5, 1)),
+    case_of((7, 7), 40, windows=(1, 2), heads=2),
+    case_of((1, 17), 128, windows=(3, 1)),
+    case_of((4, 4), 72, windows=(1, 3), batch=5, heads=1),
+    case_of((8, 8), 32, windows=(2, 1), heads=2),
+    case_of((1, 1), 8, windows=(4, 4), batch=2, table=False),
+]
+# Tiles of the tuned tables.
+LARGE = [
+    case_of((20, 3), 8, heads=2, batch=4),
+    case_of((4, 17), 64, heads=2),
+    case_of((16, 16), 72, heads=2),
+]
+# For tiny tiles.
+TILED = [
+    case_of((3, 5), 24, windows=(2, 1), heads=2),
+    case_of((5, 20), 80, heads=1, batch=2),
+    case_of((7, 7), 40, heads=2),
+    case_of((2, 40), 32, heads=2),
+]
+
+
+def name_of(value: object) -> str | None:
+    """Test ids that say the shape."""
+    if isinstance(value, AttentionCase):
+        return f"{value.window[0]}x{value.window[1]}-d{value.head_dim}"
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Little work is shared by few programs, so that each has more than one window to sum over."""
+    monkeypatch.setattr(attention, "_PROGRAMS", 4)
+    with dk.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "choose", lambda kernel, *shape: TINY[kernel])
+
+
+@pytest.fixture
+def all_in_tiles(monkeypatch: pytest.MonkeyPatch, tiny_tiles: None) -> None:
+    monkeypatch.setattr(attention, "_SMALL", 0)
+
+
+def check(case: AttentionCase) -> None:
+    assert_numeric_rule(case.operator(), case.plain(), case.truth())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=name_of)
+def test_shapes(case: AttentionCase, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", TILED, ids=name_of)
+def test_borders_of_tiles(all_in_tiles: None, case: AttentionCase, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype))
+
+
+REGIMES = ["tiny_tiles", "all_in_tiles"]
+CASE = case_of((3, 5), 24, windows=(3, 1), heads=2)
+
+
+@pytest.fixture(params=REGIMES)
+def regime(request: pytest.FixtureRequest) -> None:
+    """Windows whole, and in tiles."""
+    request.getfixturevalue(request.param)
+
+
+def outputs(case: AttentionCase, contiguous: bool = False) -> dict[str, torch.Tensor]:
+    """One draw of the operator."""
+    return case._outputs(
+        lambda *tensors: torch.ops.diffit.window_attention(*tensors, *case.arguments),
+        torch.Tensor.contiguous if contiguous else torch.Tensor.detach,
+        draws=1,
+    )
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("absent", [("table",), ("q_row",), ("v_row",), ("q_row", "v_row")])
+def test_optional_inputs(regime: None, absent: tuple[str, ...]) -> None:
+    check(replace(CASE, windows=(2, 1), **dict.fromkeys(absent, False)))
+
+
+def test_large_logits(regime: None) -> None:
+    """They reach 200, and many probabilities underflow."""
+    check(replace(CASE, windows=(1, 1), scale=50.0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_change_no_bit(tiny_tiles: None, layout: str) -> None:
+    case = replace(CASE, layout=layout, grad_layout=layout, strided=True)
+    assert_same_bits(outputs(case), outputs(case, contiguous=True))
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "expanded batch"])
+def test_layouts_change_no_bit_in_tiles(all_in_tiles: None, layout: str) -> None:
+    case = replace(CASE, batch=2, windows=(1, 1), layout=layout, grad_layout=layout, strided=True)
+    assert_same_bits(outputs(case), outputs(case, contiguous=True))
+
+
+def test_two_calls_are_equal(regime: None, default_algorithms: None) -> None:
+    assert_same_bits(outputs(CASE), outputs(CASE))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
+def test_a_nan_stays_in_its_window(regime: None, part: int) -> None:
+    """It is where the equations have it, and every other window is what it was."""
+
+    def run(nan: bool, exact: bool = False) -> list[torch.Tensor]:
+        inputs, grad = CASE.inputs(), CASE.grad_out()
+        if nan:
+            inputs["qkv"].view(1, 45, 3, -1)[0, 7, part] = torch.nan
+        tensors = [x.double() if exact else x for x in inputs.values()]
+        leaf = tensors[0].requires_grad_()
+        if exact:
+            out, _ = reference.window_attention(CASE.problem, *tensors, CASE.arguments[-1])
+        else:
+            out, _ = torch.ops.diffit.window_attention(*tensors, *CASE.arguments)
+        return [out.detach(), *torch.autograd.grad(out, leaf, grad.to(out.dtype))]
+
+    for clean, broken, truth in zip(run(False), run(True), run(True, exact=True), strict=True):
+        assert torch.equal(clean[:, 15:], broken[:, 15:])
+        assert torch.equal(broken.isfinite(), truth.isfinite())
+        assert not broken.isfinite().all()
+
+
+def test_bias_that_masks(regime: None) -> None:
+    """-inf takes distant keys away, here all of the first tile for some rows, and nothing else."""
+    inputs = CASE.inputs()
+    dy, dx = (torch.arange(1 - side, side).abs() > 1 for side in CASE.window)
+    inputs["rel_pos_table"][(dy[:, None] | dx).flatten()] = -torch.inf
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    out, lse = torch.ops.diffit.window_attention(*leaves, *CASE.arguments)
+    grads = torch.autograd.grad(out, leaves, CASE.grad_out())
+    assert all(tensor.isfinite().all() for tensor in (out, lse, *grads))
+
+
+def test_one_token_has_no_table_gradient(tiny_tiles: None) -> None:
+    case = case_of((1, 1), 8, windows=(1, 3), heads=1)
+    assert not outputs(case)["grad_rel_pos_table"].any()
+
+
+def test_explicit_parameters(tiny_tiles: None) -> None:
+    """As a sweep passes them."""
+    problem, scale = CASE.problem, CASE.arguments[-1]
+    inputs = CASE.inputs().values()
+    out, lse = attention.window_attention(problem, *inputs, scale, configs=TINY)
+    expected = outputs(CASE)
+    assert torch.equal(out, expected["out"][0])
+    grads = attention.window_attention_backward(
+        problem, CASE.grad_out(), *inputs, out, lse, scale, configs=TINY
+    )
+    names = ("grad_qkv", "grad_rel_pos_table", "grad_q_row", "grad_v_row")
+    assert_same_bits(dict(zip(names, grads, strict=True)), {n: expected[n][0] for n in names})
