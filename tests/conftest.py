@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-
-# Read when the Triton kernels are imported: without a device the interpreter runs them.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.backends import BACKENDS, FASTEST, running_on
 

@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def no_memory() -> Iterator[None]:
     for forget in (True, False):
-        for cached in (configs.choose, configs.load, configs.device_name):
+        for cached in (configs.choose, configs.load, configs._table):
             cached.cache_clear()
         if forget:
             yield
@@ -32,6 +32,12 @@ def entry(kernel: str, window_tokens: int, head_dim: int, itemsize: int, block: 
         "itemsize": itemsize,
         "parameters": {"BLOCK_M": block},
     }
+
+
+def choose(
+    kernel: str, window_tokens: int, head_dim: int, itemsize: int, device: torch.device
+) -> configs.Config:
+    return configs.choose(kernel, device, itemsize, window_tokens=window_tokens, head_dim=head_dim)
 
 
 @pytest.fixture
@@ -63,15 +69,15 @@ def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
 )
 def test_the_nearest_shape(tables: None, shape: tuple[int, int, int], block: int) -> None:
-    assert configs.choose("forward", *shape, CPU) == {"BLOCK_M": block}
+    assert choose("forward", *shape, CPU) == {"BLOCK_M": block}
 
 
 def test_the_table_of_the_device_comes_first(tables: None) -> None:
-    assert configs.choose("forward", 1024, 64, 2, CUDA) == {"BLOCK_M": 6}
-    assert configs.choose("forward", 1024, 64, 4, CUDA) == {"BLOCK_M": 4}
-    assert configs.choose("backward", 1024, 64, 2, CUDA) == {"BLOCK_M": 5}
+    assert choose("forward", 1024, 64, 2, CUDA) == {"BLOCK_M": 6}
+    assert choose("forward", 1024, 64, 4, CUDA) == {"BLOCK_M": 4}
+    assert choose("backward", 1024, 64, 2, CUDA) == {"BLOCK_M": 5}
     with pytest.raises(LookupError, match="sideways"):
-        configs.choose("sideways", 1024, 64, 2, CUDA)
+        choose("sideways", 1024, 64, 2, CUDA)
 
 
 def test_the_default_serves_every_kernel_and_size_of_number() -> None:

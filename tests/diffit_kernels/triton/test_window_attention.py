@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from math import isqrt
 
 import pytest
 import torch
 
-import diffit_kernels as dk
 from diffit_kernels import reference
+from diffit_kernels.problem import WindowAttentionProblem
 from tests.cases import LAYOUTS, AttentionCase
+from tests.diffit_kernels.triton import compilation
 from tests.numeric_rule import assert_numeric_rule
 
-if reason := dk.available_backends()["triton"]:
-    pytest.skip(reason, allow_module_level=True)
+pytest.importorskip("triton")
 
-from diffit_kernels.triton import attention
+from diffit_kernels.triton import attention, configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16 wrongly.
@@ -72,8 +74,6 @@ def name_of(value: object) -> str | None:
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Little work is shared by few programs, so that each has more than one window to sum over."""
     monkeypatch.setattr(attention, "_PROGRAMS", 4)
-    with dk.use_backend("triton"):
-        yield
 
 
 @pytest.fixture
@@ -203,3 +203,53 @@ def test_explicit_parameters(tiny_tiles: None) -> None:
     )
     names = ("grad_qkv", "grad_rel_pos_table", "grad_q_row", "grad_v_row")
     assert_same_bits(dict(zip(names, grads, strict=True)), {n: expected[n][0] for n in names})
+
+
+# --- compiled for GPUs that need not be there
+
+
+def launches() -> dict[str, Callable[[], None]]:
+    """A call, forward and backward, for every shape of the table, and for the largest window."""
+    dtypes = {2: torch.bfloat16, 4: torch.float32}
+    shapes = {
+        (isqrt(entry["window_tokens"]), entry["head_dim"], dtypes[entry["itemsize"]])
+        for entry in configs.load("default")
+        if "window_tokens" in entry
+    } | {(32, 72, torch.bfloat16)}
+    return {
+        f"window {side}, head width {width}, {name_of(dtype)}": partial(_launch, side, width, dtype)
+        for side, width, dtype in sorted(shapes, key=str)
+    }
+
+
+def _launch(side: int, width: int, dtype: torch.dtype) -> None:
+    problem = WindowAttentionProblem(1, (side, side), (side, side), 16, width, dtype, "cuda")
+    qkv = torch.empty(1, problem.tokens, 3 * problem.dim, dtype=dtype)
+    row, table = qkv[:, 0, : problem.dim], torch.empty(problem.table_rows, 16)
+    out, lse = attention.window_attention(problem, qkv, table, row, row, 1.0)
+    attention.window_attention_backward(problem, out, qkv, table, row, row, out, lse, 1.0)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[compilation.Result]:
+    results = compilation.compiled("tests.diffit_kernels.triton.test_window_attention")
+    compilation.print_report(results)
+    return results
+
+
+def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
+    assert {result["call"] for result in compiled} == launches().keys()
+    compilation.assert_fits(compiled)
+
+
+def test_large_windows_use_the_tensor_cores_of_hopper(compiled: list[compilation.Result]) -> None:
+    large = [
+        result
+        for result in compiled
+        if result["target"] == "sm_90"
+        and result["call"].startswith(("window 16", "window 32"))
+        and "bfloat16" in result["call"]
+        and result["kernel"] != "add_partials"
+    ]
+    assert len(large) == 4 * len({result["call"] for result in large}) > 0
+    assert all(result["hgmma"] for result in large)
