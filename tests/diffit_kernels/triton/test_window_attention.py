@@ -78,7 +78,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "choose", lambda kernel, *shape: TINY[kernel])
+    monkeypatch.setattr(attention, "choose", lambda kernel, *_, **shape: TINY[kernel])
 
 
 @pytest.fixture
