@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     description = machine.describe(device) | {"ours": args.backend}
     print("{device} ({instruction_set}), {threads} threads, torch {torch}".format(**description))
     if args.backend == "reference":
-        fused = "cuda" if device.type == "cuda" else "cpu"
+        fused = "triton" if device.type == "cuda" else "cpu"
         reason = available_backends()[fused] or "DIFFIT_BACKEND chose it"
         print(f"OURS IS THE REFERENCE BACKEND, NOT THE FUSED KERNELS: {reason}")
 

@@ -49,7 +49,7 @@ def test_missing_pictures_cost_one_line(
     assert "nowhere.zip" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("backend", ["fastest", "triton"])
+@pytest.mark.parametrize("backend", ["fastest", "cuda"])
 def test_a_backend_that_cannot_run_costs_one_line(
     backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
