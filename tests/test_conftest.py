@@ -46,3 +46,8 @@ def test_the_rule_sees_a_wrong_number_and_a_nan() -> None:
 @pytest.mark.skipif("CI" not in os.environ, reason="a checkout may lack the compiled module")
 def test_the_compiled_module_is_there() -> None:
     assert dk.available_backends()["cpu"] is None
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="a machine may lack Triton")
+def test_the_triton_kernels_are_there() -> None:
+    assert dk.available_backends()["triton"] is None
