@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from diffit_kernels.dispatch import select
 from diffit_kernels.ops.autocast import register_autocast
@@ -121,3 +123,15 @@ def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[An
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 register_autocast("mlp", torch.ops.diffit.mlp)
+
+
+@register_flop_formula(torch.ops.diffit.mlp)
+def _flops(x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *_: Any, **__: Any) -> int:
+    """Of the two products, from the shapes of the arguments."""
+    return 2 * prod(x[:-1]) * (prod(fc1_weight) + prod(fc2_weight))
+
+
+@register_flop_formula(torch.ops.diffit.mlp_backward)
+def _backward_flops(grad_y: Any, *inputs: Any, **_: Any) -> int:
+    """Two products for each of the forward pass."""
+    return 2 * _flops(*inputs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from diffit_kernels.dispatch import select
 from diffit_kernels.ops.autocast import register_autocast
@@ -216,3 +217,28 @@ def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 register_autocast("window_attention", torch.ops.diffit.window_attention, keep=(1,))
+
+
+@register_flop_formula(torch.ops.diffit.window_attention)
+def _flops(
+    qkv: Any, table: Any, q_row: Any, v_row: Any, heads: Any, window: Any, *_: Any, **__: Any
+) -> int:
+    """Of the products for logits and values, from the shapes of the arguments."""
+    batch, tokens, channels = qkv
+    return 4 * batch * tokens * math.prod(window) * (channels // 3)
+
+
+@register_flop_formula(torch.ops.diffit.window_attention_backward)
+def _backward_flops(
+    grad_out: Any,
+    qkv: Any,
+    table: Any,
+    q_row: Any,
+    v_row: Any,
+    out: Any,
+    lse: Any,
+    *sizes: Any,
+    **_: Any,
+) -> int:
+    """The logits again, and the gradients of values, probabilities, q and k."""
+    return _flops(qkv, table, q_row, v_row, *sizes) * 5 // 2

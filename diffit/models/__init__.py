@@ -1,0 +1,21 @@
+"""The networks: image-space and latent DiffiT, their presets, their files."""
+
+from diffit.models.base import DiffusionNetwork
+from diffit.models.image import ImageDiffiT
+from diffit.models.latent import LatentDiffiT
+from diffit.models.presets import PRESETS, Preset, Sampling
+from diffit.models.registry import create_model, get_preset, list_models
+from diffit.models.weights import save_weights
+
+__all__ = [
+    "PRESETS",
+    "DiffusionNetwork",
+    "ImageDiffiT",
+    "LatentDiffiT",
+    "Preset",
+    "Sampling",
+    "create_model",
+    "get_preset",
+    "list_models",
+    "save_weights",
+]
