@@ -4,7 +4,7 @@ from diffit.models.base import DiffusionNetwork
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
 from diffit.models.presets import PRESETS, Preset, Sampling
-from diffit.models.registry import create_model, get_preset, list_models
+from diffit.models.registry import create_model, get_preset, list_models, load_model
 from diffit.models.weights import save_weights
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "create_model",
     "get_preset",
     "list_models",
+    "load_model",
     "save_weights",
 ]

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
 from typing import Any
 
 from diffit.models.base import DiffusionNetwork
+from diffit.models.image import ImageDiffiT
+from diffit.models.latent import LatentDiffiT
 from diffit.models.presets import PRESETS, Preset
+from diffit.models.weights import find_weights, read_metadata
+
+NETWORKS: dict[str, type[DiffusionNetwork]] = {
+    network.__name__: network for network in (ImageDiffiT, LatentDiffiT)
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -40,3 +48,20 @@ def create_model(name: str, **overrides: Any) -> DiffusionNetwork:
     """
     preset = get_preset(name)
     return preset.network(**{**preset.options, **overrides})
+
+
+def load_model(
+    source: str | os.PathLike[str], **options: Any
+) -> tuple[DiffusionNetwork, str | None]:
+    """A network from its file, whichever it is, and the name of the preset noted there.
+
+    Args:
+        source, options: as for ``from_pretrained`` of the networks.
+
+    Raises:
+        ValueError, OSError: as there.
+    """
+    path = find_weights(source)
+    metadata = read_metadata(path)
+    network = NETWORKS[metadata.get("network", LatentDiffiT.__name__)]
+    return network.from_pretrained(path, **options), metadata.get("preset")

@@ -11,7 +11,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 # Of the repository nvidia/DiffiT, by input_size.
 PUBLISHED_FILES = {32: "diffit_256.safetensors", 64: "diffit_512.safetensors"}
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 METADATA = "diffit"
 SHOWN_KEYS = 3
 
@@ -43,7 +45,9 @@ class Pretrained(
     LABEL_KEYS: tuple[str, ...] = ()  # parameters whose shape depends on the number of classes
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]
+        cls, source: str | os.PathLike[str], **options: Any
+    ) -> Self:
         """Load a network, in evaluation mode, on the CPU, in the dtype of the file.
 
         Args:
@@ -59,48 +63,20 @@ class Pretrained(
             ValueError: a file that is cut off, foreign, or does not fit, naming the keys.
             OSError: no such file or repository.
         """
-        if Path(source).is_file():
-            return cls._from_file(Path(source), options)
+        if Path(source).is_file() or Path(source).suffix == ".safetensors":
+            return cls._from_file(find_weights(source), options)
         return super().from_pretrained(str(source), **options)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **options: Any,
-    ) -> Self:
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
         """What ``PyTorchModelHubMixin`` calls with the configuration it found."""
-        if Path(model_id).is_dir():
-            return cls._from_file(Path(model_id) / SAFETENSORS_SINGLE_FILE, options)
-
-        def fetch(filename: str) -> Path:
-            return Path(
-                hf_hub_download(
-                    model_id,
-                    filename,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
-
-        try:
-            path = fetch(SAFETENSORS_SINGLE_FILE)
-        except EntryNotFoundError:
-            path = fetch(PUBLISHED_FILES[options.get("input_size", 32)])
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        path = find_weights(model_id, options.get("input_size", 32), **hub)
         return cls._from_file(path, options)
 
     @classmethod
     def _from_file(cls, path: Path, options: Mapping[str, Any]) -> Self:
-        state, metadata = read_weights(path)
+        state, metadata = read_weights(path), read_metadata(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if "config" in metadata:
             if metadata["network"] != cls.__name__:
@@ -158,19 +134,56 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
         raise
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, mapped into memory, and what ``save_weights`` noted.
+def find_weights(source: str | os.PathLike[str], input_size: int = 32, **hub_options: Any) -> Path:
+    """The safetensors file of a file, a folder or a repository on the hub, fetched if need be.
+
+    Args:
+        source: as for ``Pretrained.from_pretrained``.
+        input_size: which of the published networks, in a repository that holds both.
+        hub_options: of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        OSError: there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / SAFETENSORS_SINGLE_FILE
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors":
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return Path(hf_hub_download(str(source), SAFETENSORS_SINGLE_FILE, **hub_options))
+    except EntryNotFoundError:
+        return Path(hf_hub_download(str(source), PUBLISHED_FILES[input_size], **hub_options))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory.
 
     Raises:
         ValueError: not a whole safetensors file.
         OSError: it cannot be read.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What ``save_weights`` noted: network, config and more; nothing in a file of others.
+
+    Raises:
+        ValueError, OSError: as ``read_weights``.
+    """
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get(METADATA, "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get(METADATA, "{}")
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}, json.loads(
-                metadata
-            )
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
