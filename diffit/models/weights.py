@@ -63,15 +63,8 @@ class Pretrained(
             ValueError: a file that is cut off, foreign, or does not fit, naming the keys.
             OSError: no such file or repository.
         """
-        if Path(source).is_file() or Path(source).suffix == ".safetensors":
-            return cls._from_file(find_weights(source), options)
-        return super().from_pretrained(str(source), **options)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
-        """What ``PyTorchModelHubMixin`` calls with the configuration it found."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        path = find_weights(model_id, options.get("input_size", 32), **hub)
+        path = find_weights(source, options.get("input_size", 32), **hub)
         return cls._from_file(path, options)
 
     @classmethod
@@ -153,9 +146,15 @@ def find_weights(source: str | os.PathLike[str], input_size: int = 32, **hub_opt
     if path.suffix == ".safetensors":
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return Path(hf_hub_download(str(source), SAFETENSORS_SINGLE_FILE, **hub_options))
-    except EntryNotFoundError:
-        return Path(hf_hub_download(str(source), PUBLISHED_FILES[input_size], **hub_options))
+        try:
+            return Path(hf_hub_download(str(source), SAFETENSORS_SINGLE_FILE, **hub_options))
+        except EntryNotFoundError:
+            return Path(hf_hub_download(str(source), PUBLISHED_FILES[input_size], **hub_options))
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(
+            f"{source}: no such file or folder, nor to be had from the hub: {reason}"
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

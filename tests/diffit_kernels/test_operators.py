@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock, TMSA2d
@@ -276,3 +277,27 @@ def test_nothing_is_computed_on_meta() -> None:
     assert out.shape == (2, 30, 16)
     x, weight, bias = (torch.empty(*shape, device="meta") for shape in ((3, 8), (8, 8), (8,)))
     assert dk.mlp(x, weight, bias, weight, bias).shape == linear(x, weight).shape
+
+
+# --- counting operations
+
+
+def test_flop_counter() -> None:
+    """The products of the definition, forward and backward, whatever backend runs."""
+    problem = CASE.problem
+    product = 2 * problem.batch * problem.tokens * problem.window_tokens * problem.dim
+    tensors = {name: x.requires_grad_() for name, x in CASE.inputs().items()}
+    with FlopCounterMode(display=False) as counter:
+        out, _ = torch.ops.diffit.window_attention(*tensors.values(), *CASE.arguments)
+        out.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.diffit.window_attention] == 2 * product == problem.flops
+    assert counts[torch.ops.diffit.window_attention_backward] == 5 * product
+
+    x, w1, b1, w2, b2 = (tensor.requires_grad_() for tensor in MLP.inputs().values())
+    with FlopCounterMode(display=False) as counter:
+        dk.mlp(x, w1, b1, w2, b2).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    forward = 2 * (x.numel() // x.shape[-1]) * (w1.numel() + w2.numel())
+    assert counts[torch.ops.diffit.mlp] == forward
+    assert counts[torch.ops.diffit.mlp_backward] == 2 * forward
