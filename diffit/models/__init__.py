@@ -5,8 +5,8 @@ from diffit.models.ddpmpp import DDPMpp
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
 from diffit.models.mla import ViTMLA
-from diffit.models.presets import PRESETS, Preset, Sampling
-from diffit.models.registry import create_model, get_preset, list_models, load_model
+from diffit.models.presets import Preset, Sampling
+from diffit.models.registry import PRESETS, create_model, get_preset, list_models, load_model
 from diffit.models.weights import save_weights
 
 __all__ = [
