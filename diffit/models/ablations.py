@@ -1,7 +1,8 @@
 """The networks with which the paper compares its own: what differs, and the FID it reports.
 
-The columns are those of ``presets.py``. Ablations whose other half is the network itself (the
-window 4, say) have no preset for that half. docs/networks.md sets them side by side.
+The columns are those of ``presets.py``. Where one side of a comparison is the paper's network
+itself (window 4 on CIFAR-10, say), that has no second preset. The paper prints windows as
+percentages, from which their FIDs are derived. docs/networks.md sets all side by side.
 """
 
 from __future__ import annotations
