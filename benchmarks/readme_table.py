@@ -1,4 +1,7 @@
-"""Write the measured table of the README again from benchmarks/results/*/results.json."""
+"""Write the measured tables again from benchmarks/results/*/results.json.
+
+The README gets a line per device and dtype, docs/results.md every layer.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,30 @@ COLUMNS = [
 ]
 
 
+def summary_table(runs: list[tuple[dict[str, Any], list[Row]]]) -> str:
+    """All devices in Markdown, a line per dtype: the mean over the layers and the least."""
+    lines = [
+        "| device | dtype | "
+        + " | ".join(f"{operation} {direction}" for operation, direction in COLUMNS)
+        + " | block forward / its GEMMs |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+    ]
+    for run, rows in runs:
+        summaries = {(s.operation, s.direction, s.dtype): s for s in summarise(rows)}
+        for dtype in dict.fromkeys(row.dtype for row in rows):
+            found = [summaries.get((*column, dtype)) for column in COLUMNS]
+            values = [f"{s.speedup_geomean:.2f}x ({s.speedup_min:.2f})" if s else "" for s in found]
+            block = found[COLUMNS.index(("block", "forward"))]
+            floor = f"{block.over_floor_geomean:.2f}" if block and block.over_floor_geomean else ""
+            cells = [_device(run), DTYPES[dtype], *values, floor]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _device(run: dict[str, Any]) -> str:
+    return "{device}, {instruction_set}, {threads} threads, {date}".format(**run["device"])
+
+
 def device_table(run: dict[str, Any], rows: list[Row]) -> str:
     """One device in Markdown: a line per layer and dtype, then the geometric means."""
     ceilings = ", ".join(
@@ -27,8 +54,9 @@ def device_table(run: dict[str, Any], rows: list[Row]) -> str:
         for dtype, gflops in run["ceilings"]["matmul_gflops"].items()
     )
     lines = [
-        "{device} ({instruction_set}, {threads} threads), torch {torch}, diffit {diffit}, {date}; "
-        "matmul ceiling ".format(**run["device"])
+        f"## {_device(run)}",
+        "",
+        "torch {torch}, diffit {diffit}; matmul ceiling ".format(**run["device"])
         + f"{ceilings}; `{run['command']}`.",
         "",
         "| layer (batch, grid, window, channels, heads) | dtype | "
@@ -95,14 +123,19 @@ def main() -> int:
     parser.parse_args()
     folders = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("*/results.json"))
     folders = [folder for folder in folders if folder.name != "quick"]
-    readme = ROOT / "README.md"
-    table = "\n\n".join(device_table(*read(folder)) for folder in folders) or "Not measured yet."
-    try:
-        readme.write_text(replace_table(readme.read_text(), table))
-    except (OSError, ValueError) as error:
-        print(f"readme_table.py: README.md: {error}", file=sys.stderr)
-        return 2
-    print(f"README.md: the results of {len(folders)} devices")
+    runs = [read(folder) for folder in folders]
+    tables = {
+        "README.md": summary_table(runs),
+        "docs/results.md": "\n\n".join(device_table(*run) for run in runs),
+    }
+    for name, table in tables.items():
+        path = ROOT / name
+        try:
+            path.write_text(replace_table(path.read_text(), table))
+        except (OSError, ValueError) as error:
+            print(f"readme_table.py: {name}: {error}", file=sys.stderr)
+            return 2
+        print(f"{name}: the results of {len(folders)} devices")
     return 0
 
 

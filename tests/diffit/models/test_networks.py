@@ -80,7 +80,7 @@ def test_frequencies_start_anew() -> None:
     assert not torch.equal(network.time.fourier.frequencies, before)
 
 
-@every
+@pytest.mark.parametrize(("make", "inputs"), list(NETWORKS.values())[:2], ids=["image", "latent"])
 def test_compiles_whole(make: Any, inputs: Any) -> None:
     """In one graph, forward and backward, and once for all batches."""
     network = make()
