@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    everything = not (args.quick or args.presets or args.dtypes) and set(args.passes) == {*PASSES}
+    chosen = args.quick, args.presets, args.dtypes, args.batch, args.sampling_steps
+    everything = not any(chosen) and set(args.passes) == {*PASSES}
     smallest = sorted(MAIN, key=lambda name: MAIN[name].gflops)
     args.presets = list(dict.fromkeys(args.presets or (QUICK if args.quick else smallest)))
     args.dtypes = list(dict.fromkeys(args.dtypes or DTYPES["cuda"][:2]))
@@ -135,7 +137,10 @@ def run(args: argparse.Namespace) -> int:
         print(exception)
     if not all(contest.complete for contest in results.contests(rows)):
         print("* best of the peers that ran")
-    print("DiT: diffusers' network of the same width and depth, another network: for its cost")
+    if find_spec("diffusers") is None:
+        print('no DiT: diffusers is not installed (pip install -e ".[latent]")')
+    else:
+        print("DiT: diffusers' network of the same width and depth, another network: for its cost")
     settings = {
         "command": " ".join(["python benchmarks/model_bench.py", *sys.argv[1:]]),
         "device": description,

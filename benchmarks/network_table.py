@@ -1,11 +1,12 @@
-"""Rows of whole networks, and their table on the screen."""
+"""Rows of whole networks, and their table on the screen and in Markdown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from networks import Task
-from results import OTHER, Contest, Row
+from results import OTHER, Contest, Row, contests
 from table import DTYPES
 
 EAGER = "eager"
@@ -100,6 +101,46 @@ def line(contest: Contest) -> str:
             _number(dit and dit.median_ms, "{:.4g}"),
         ]
     )
+
+
+def markdown(run: dict[str, Any], rows: list[Row]) -> str:
+    """One device: a line per network and dtype, with our time and the ratios to two peers."""
+    columns = list(dict.fromkeys((row.operation, row.direction) for row in rows))
+    titles = [direction if direction == "training" else name for name, direction in columns]
+    lines = [
+        "{device}, {instruction_set}, {threads} threads, {date}; torch {torch}, diffit {diffit}; "
+        "`{command}`. Our time; how many times longer the eager network and the best peer "
+        "took.".format(**run["device"], command=run["command"]),
+        "",
+        f"| network | dtype | {' | '.join(titles)} |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for contest in contests(rows):
+        ours = contest.ours
+        cells.setdefault((ours.shape, ours.dtype), {})[ours.operation, ours.direction] = _cell(
+            contest
+        )
+    for (shape, dtype), found in cells.items():
+        values = [found.get(column, "") for column in columns]
+        lines.append(f"| {shape} | {DTYPES[dtype]} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _cell(contest: Contest) -> str:
+    ours = contest.ours
+    if ours.median_ms is None:
+        return ours.status
+    text = f"{ours.median_ms:.4g} ms"
+    if isinstance(ours, NetworkRow) and ours.images_per_second is not None:
+        text = f"{ours.images_per_second:.3g} images/s, {ours.steps} steps"
+    for row in contest.rows:
+        if row.contestant == EAGER and row.time_over_ours is not None:
+            text += f", eager {row.time_over_ours:.2f}x"
+    if contest.best is not None and contest.speedup is not None:
+        mark = "" if contest.complete else "\\*"
+        text += f", {contest.best.contestant} {contest.speedup:.2f}x{mark}"
+    return text
 
 
 def derived_line(row: NetworkRow) -> str:

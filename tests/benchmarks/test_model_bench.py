@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import model_bench
+import network_table
 import networks
 from contest import CompileBudget, hold
 from diffit.models import DiffusionNetwork, ImageDiffiT, LatentDiffiT, Preset, Sampling
@@ -226,7 +227,7 @@ def test_run(
     monkeypatch.setattr(model_bench.ceilings, "linear_layer", lambda *_: FAST)
     assert model_bench.main(["--quick", "--dtypes", "float32", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    _, rows = read(tmp_path, "models", NetworkRow)
+    settings, rows = read(tmp_path, "models", NetworkRow)
     assert {(row.shape, row.operation, row.direction) for row in rows} == {
         ("windows", "step", "forward"),
         ("windows", "step", "training"),
@@ -241,6 +242,11 @@ def test_run(
         loops = isinstance(row, NetworkRow) and row.images_per_second is not None
         assert loops == (row.status == OK and row.direction == "sampling")
     assert "derived, not measured" in out
+    table = network_table.markdown(settings, rows).splitlines()
+    assert table[2] == "| network | dtype | step | training | loop | guided step |"
+    assert [line.count("|") for line in table[2:]] == [7] * 4
+    assert all(f"| {name} | fp32 | " in line for name, line in zip(NAMES, table[4:], strict=True))
+    assert "4 steps, eager" in table[5]
     with (tmp_path / "models.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(rows)
