@@ -1,6 +1,6 @@
 """Write the measured tables again from benchmarks/results/*/results.json.
 
-The README gets a line per device and dtype, docs/results.md every layer.
+The README gets a line per device and dtype, docs/results.md every layer and every network.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import network_table
 from results import Contest, Row, contests, read, summarise
 from table import DTYPES
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN, END = RESULTS_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+NETWORKS_MARKERS = ("<!-- networks:begin -->", "<!-- networks:end -->")
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = [
     ("attention", "forward"),
     ("attention", "backward"),
@@ -104,38 +107,46 @@ def _cell(contest: Contest | None) -> str:
     return f"{ours.median_ms:.3g} ms, {contest.speedup:.2f}x {best.contestant}{mark}"
 
 
-def replace_table(text: str, table: str) -> str:
+def replace_table(text: str, table: str, markers: tuple[str, str] = RESULTS_MARKERS) -> str:
     """The text with everything between the two markers replaced.
 
     Raises:
         ValueError: the markers are not there once each, in this order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"expected {BEGIN} and, after it, {END}, once each")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    first, last = markers
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in rest or last in after:
+        raise ValueError(f"expected {first} and, after it, {last}, once each")
+    return f"{before}{first}\n{table}\n{last}{after}"
 
 
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    folders = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("*/results.json"))
+    folders = sorted(path.parent for path in RESULTS.glob("*/results.json"))
     folders = [folder for folder in folders if folder.name != "quick"]
     runs = [read(folder) for folder in folders]
-    tables = {
-        "README.md": summary_table(runs),
-        "docs/results.md": "\n\n".join(device_table(*run) for run in runs),
-    }
-    for name, table in tables.items():
+    networks = sorted(folder for folder in RESULTS.iterdir() if (folder / "models.json").exists())
+    models = [
+        network_table.markdown(*read(folder, "models", network_table.NetworkRow))
+        for folder in networks
+        if folder.name != "quick"
+    ]
+    tables = [
+        ("README.md", RESULTS_MARKERS, summary_table(runs)),
+        ("docs/results.md", RESULTS_MARKERS, "\n\n".join(device_table(*run) for run in runs)),
+        ("docs/results.md", NETWORKS_MARKERS, "\n\n".join(models) or "Not measured yet."),
+    ]
+    for name, markers, table in tables:
         path = ROOT / name
         try:
-            path.write_text(replace_table(path.read_text(), table))
+            path.write_text(replace_table(path.read_text(), table, markers))
         except (OSError, ValueError) as error:
             print(f"readme_table.py: {name}: {error}", file=sys.stderr)
             return 2
-        print(f"{name}: the results of {len(folders)} devices")
+        print(f"{name}: what is between {' and '.join(markers)}")
     return 0
 
 
