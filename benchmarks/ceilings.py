@@ -37,6 +37,19 @@ def measure(device: torch.device, dtypes: list[torch.dtype]) -> Ceilings:
     return Ceilings(matmul, 2 * copied / seconds / 1e9)
 
 
+def linear_layer(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, float]:
+    """10^9 operations per second of a linear layer, the first of the MLP of the largest networks.
+
+    Where a dtype has no fast matmul, the speed of one depends on the layout of its arguments.
+    """
+    found = {}
+    for dtype in dtypes:
+        x, weight = (torch.randn(n, 1152, device=device).to(dtype) for n in (256, 4608))
+        seconds = _best(partial(torch.nn.functional.linear, x, weight), device)
+        found[str(dtype).removeprefix("torch.")] = 2 * 256 * 1152 * 4608 / seconds / 1e9
+    return found
+
+
 def _best(call: Callable[[], object], device: torch.device) -> float:
     best, begin = timed(call, device), time.perf_counter()
     while time.perf_counter() - begin < SECONDS:

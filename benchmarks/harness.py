@@ -59,15 +59,16 @@ def interleave(
     seconds: float,
     min_rounds: int,
     max_rounds: int,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Time all calls once in every round, so that a drift of the machine meets them alike.
 
-    One round warms up. Rounds, each beginning with the next call, go on for ``seconds``, at least
-    ``min_rounds`` and at most ``max_rounds`` (both at least 2).
+    One round warms up, unless all are warm. Rounds, each beginning with the next call, go on for
+    ``seconds``, at least ``min_rounds`` and at most ``max_rounds`` (both at least 2).
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for call in calls.values():
+    for call in calls.values() if warm_up else ():
         call()
     begin = time.perf_counter()
     for i in range(max_rounds if names else 0):

@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from results import OK, Contest, contests, read
+from results import OK, Contest, Row, contests, read
 from table import DTYPES
 
 COLORS = {"float32": "#4c78a8", "bfloat16": "#e8792b", "float16": "#4f9d69"}
 
 
-def save(folder: Path) -> str:
-    """Draw ``results.png`` beside ``results.json``; the line that says so, or why not."""
+def save(folder: Path, name: str = "results", row: type[Row] = Row) -> str:
+    """Draw ``NAME.png`` from ``NAME.json``, of such rows; the line that says so, or why not."""
     if find_spec("matplotlib") is None:
         return (
             'no picture: matplotlib is not installed (pip install -e ".[plot]", '
@@ -28,7 +28,7 @@ def save(folder: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import patches, pyplot
 
-    run, rows = read(folder)
+    run, rows = read(folder, name, row)
     panels: dict[str, list[Contest]] = {}
     for contest in contests(rows):
         title = f"{contest.ours.operation}, {contest.ours.direction}"
@@ -55,9 +55,9 @@ def save(folder: Path) -> str:
     handles = [patches.Patch(color=COLORS[dtype]) for dtype in dtypes]
     labels = [DTYPES[dtype] for dtype in dtypes]
     axes[0, 0].legend(handles, labels, loc="upper right", ncols=len(dtypes), frameon=False)
-    figure.savefig(folder / "results.png", dpi=150)
+    figure.savefig(folder / f"{name}.png", dpi=150)
     pyplot.close(figure)
-    return f"results.png is in {folder}"
+    return f"{name}.png is in {folder}"
 
 
 def _draw(axis: Any, panel: list[Contest], shapes: list[str], dtypes: list[str]) -> None:

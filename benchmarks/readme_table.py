@@ -1,4 +1,7 @@
-"""Write the measured table of the README again from benchmarks/results/*/results.json."""
+"""Write the measured tables again from benchmarks/results/*/results.json.
+
+The README gets a line per device and dtype, docs/results.md every layer and every network.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import network_table
 from results import Contest, Row, contests, read, summarise
 from table import DTYPES
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN, END = RESULTS_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+NETWORKS_MARKERS = ("<!-- networks:begin -->", "<!-- networks:end -->")
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = [
     ("attention", "forward"),
     ("attention", "backward"),
     ("block", "forward"),
     ("block", "backward"),
 ]
+
+
+def summary_table(runs: list[tuple[dict[str, Any], list[Row]]]) -> str:
+    """All devices in Markdown, a line per dtype: the mean over the layers and the least."""
+    lines = [
+        "| device | dtype | "
+        + " | ".join(f"{operation} {direction}" for operation, direction in COLUMNS)
+        + " | block forward / its GEMMs |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+    ]
+    for run, rows in runs:
+        summaries = {(s.operation, s.direction, s.dtype): s for s in summarise(rows)}
+        for dtype in dict.fromkeys(row.dtype for row in rows):
+            found = [summaries.get((*column, dtype)) for column in COLUMNS]
+            values = [f"{s.speedup_geomean:.2f}x ({s.speedup_min:.2f})" if s else "" for s in found]
+            block = found[COLUMNS.index(("block", "forward"))]
+            floor = f"{block.over_floor_geomean:.2f}" if block and block.over_floor_geomean else ""
+            cells = [_device(run), DTYPES[dtype], *values, floor]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _device(run: dict[str, Any]) -> str:
+    return "{device}, {instruction_set}, {threads} threads, {date}".format(**run["device"])
 
 
 def device_table(run: dict[str, Any], rows: list[Row]) -> str:
@@ -27,8 +57,9 @@ def device_table(run: dict[str, Any], rows: list[Row]) -> str:
         for dtype, gflops in run["ceilings"]["matmul_gflops"].items()
     )
     lines = [
-        "{device} ({instruction_set}, {threads} threads), torch {torch}, diffit {diffit}, {date}; "
-        "matmul ceiling ".format(**run["device"])
+        f"## {_device(run)}",
+        "",
+        "torch {torch}, diffit {diffit}; matmul ceiling ".format(**run["device"])
         + f"{ceilings}; `{run['command']}`.",
         "",
         "| layer (batch, grid, window, channels, heads) | dtype | "
@@ -76,33 +107,46 @@ def _cell(contest: Contest | None) -> str:
     return f"{ours.median_ms:.3g} ms, {contest.speedup:.2f}x {best.contestant}{mark}"
 
 
-def replace_table(text: str, table: str) -> str:
+def replace_table(text: str, table: str, markers: tuple[str, str] = RESULTS_MARKERS) -> str:
     """The text with everything between the two markers replaced.
 
     Raises:
         ValueError: the markers are not there once each, in this order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"expected {BEGIN} and, after it, {END}, once each")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    first, last = markers
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in rest or last in after:
+        raise ValueError(f"expected {first} and, after it, {last}, once each")
+    return f"{before}{first}\n{table}\n{last}{after}"
 
 
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    folders = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("*/results.json"))
+    folders = sorted(path.parent for path in RESULTS.glob("*/results.json"))
     folders = [folder for folder in folders if folder.name != "quick"]
-    readme = ROOT / "README.md"
-    table = "\n\n".join(device_table(*read(folder)) for folder in folders) or "Not measured yet."
-    try:
-        readme.write_text(replace_table(readme.read_text(), table))
-    except (OSError, ValueError) as error:
-        print(f"readme_table.py: README.md: {error}", file=sys.stderr)
-        return 2
-    print(f"README.md: the results of {len(folders)} devices")
+    runs = [read(folder) for folder in folders]
+    networks = sorted(folder for folder in RESULTS.iterdir() if (folder / "models.json").exists())
+    models = [
+        network_table.markdown(*read(folder, "models", network_table.NetworkRow))
+        for folder in networks
+        if folder.name != "quick"
+    ]
+    tables = [
+        ("README.md", RESULTS_MARKERS, summary_table(runs)),
+        ("docs/results.md", RESULTS_MARKERS, "\n\n".join(device_table(*run) for run in runs)),
+        ("docs/results.md", NETWORKS_MARKERS, "\n\n".join(models) or "Not measured yet."),
+    ]
+    for name, markers, table in tables:
+        path = ROOT / name
+        try:
+            path.write_text(replace_table(path.read_text(), table, markers))
+        except (OSError, ValueError) as error:
+            print(f"readme_table.py: {name}: {error}", file=sys.stderr)
+            return 2
+        print(f"{name}: what is between {' and '.join(markers)}")
     return 0
 
 

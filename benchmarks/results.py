@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 OURS = "ours"
 FLOOR = "gemms"  # the four matrix products of a block and nothing else
+OTHER = "diffusers-dit"  # another network of the same size: it shows a cost, and is no peer
 
 # Wrong by the numeric rule; an error of the peer; left out by the settings of the run.
 OK, FAILED, CANNOT_RUN, SKIPPED = "ok", "FAILED", "cannot run", "not run"
@@ -57,7 +59,7 @@ class Contest:
     @property
     def best(self) -> Row | None:
         """The fastest peer with a right result."""
-        peers = [row for row in self.rows if row.contestant not in (OURS, FLOOR)]
+        peers = [row for row in self.rows if row.contestant not in (OURS, FLOOR, OTHER)]
         return min(
             (row for row in peers if row.median_ms is not None),
             key=lambda row: row.median_ms or 0.0,
@@ -98,7 +100,7 @@ class Summary:
     over_floor_max: float | None
 
 
-def contests(rows: list[Row]) -> list[Contest]:
+def contests(rows: Sequence[Row]) -> list[Contest]:
     """Rows grouped, in their order."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -107,7 +109,7 @@ def contests(rows: list[Row]) -> list[Contest]:
     return [Contest(tuple(group)) for group in groups.values()]
 
 
-def summarise(rows: list[Row]) -> list[Summary]:
+def summarise(rows: Sequence[Row]) -> list[Summary]:
     """One summary per operation, direction and dtype, of the contests that have a ratio."""
     groups: dict[tuple[str, str, str], list[Contest]] = {}
     for contest in contests(rows):
@@ -133,7 +135,7 @@ def summarise(rows: list[Row]) -> list[Summary]:
     return found
 
 
-def exceptions(rows: list[Row]) -> list[str]:
+def exceptions(rows: Sequence[Row]) -> list[str]:
     """A line for everything that kept contestants from being timed."""
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows:
@@ -149,25 +151,27 @@ def exceptions(rows: list[Row]) -> list[str]:
     return lines
 
 
-def write(folder: Path, run: dict[str, Any], rows: list[Row]) -> None:
-    """``results.json`` with everything, ``results.csv`` with a row per contestant.
+def write(folder: Path, run: dict[str, Any], rows: Sequence[Row], name: str = "results") -> None:
+    """``NAME.json`` with everything, ``NAME.csv`` with a row per contestant.
 
     ``run`` describes device, versions and settings; its "device" part is in every line of the CSV.
     """
     folder.mkdir(parents=True, exist_ok=True)
     summaries = [asdict(summary) for summary in summarise(rows)]
     document = {**run, "summary": summaries, "rows": [asdict(row) for row in rows]}
-    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    with (folder / "results.csv").open("w", newline="") as file:
-        columns = [field.name for field in fields(Row)] + list(run["device"])
+    (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        columns = [field.name for field in fields(rows[0] if rows else Row)] + list(run["device"])
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(asdict(row) | run["device"] for row in rows)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+def read(
+    folder: Path, name: str = "results", row: type[Row] = Row
+) -> tuple[dict[str, Any], list[Row]]:
     """What ``write`` was given."""
-    document = json.loads((folder / "results.json").read_text())
-    rows = [Row(**row) for row in document.pop("rows")]
+    document = json.loads((folder / f"{name}.json").read_text())
+    rows = [row(**values) for values in document.pop("rows")]
     del document["summary"]
     return document, rows

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from diffit.models.base import DiffusionNetwork, require_images, zero_
-from diffit.nn.block import DiffiTBlock
-from diffit.nn.embeddings import NoiseEmbedder
+from diffit.models.base import ImageNetwork, require_choice
+from diffit.models.mla import MLADecoder
 from diffit.nn.resblock import DiffiTResBlock, group_norm
 from diffit.nn.time_entry import TIME_ENTRIES
 
-TIME_EMBEDDINGS = ("sinusoidal", "fourier")
+DECODERS = ("symmetric", "mla")
 
 
 class Upsample(nn.Module):
@@ -30,7 +29,7 @@ class Upsample(nn.Module):
         return self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class ImageDiffiT(DiffusionNetwork):
+class ImageDiffiT(ImageNetwork):
     """The inner network of EDM's preconditioning, on pictures.
 
     Args:
@@ -51,13 +50,12 @@ class ImageDiffiT(DiffusionNetwork):
         time_entry: where time enters a block: "tmsa" (the time token in q, k and v: DiffiT),
             "separate", "bias", "mlp" or "scale" (the paper's comparisons, see
             ``diffit.nn.time_entry``).
-        decoder_time_entry: the same for the decoder; None: as in the encoder.
+        decoder: "symmetric", or "mla": an ``MLADecoder`` on the encoder, which takes no time.
+        decoder_time_entry: as ``time_entry``, in a symmetric decoder; None: as in the encoder.
 
     Raises:
         ValueError: an argument that does not fit, naming it.
     """
-
-    LABEL_KEYS = ("time.label.weight", "time.label.bias")
 
     def __init__(
         self,
@@ -76,10 +74,15 @@ class ImageDiffiT(DiffusionNetwork):
         label_dropout: float = 0.0,
         time_embedding: str = "sinusoidal",
         time_entry: str = "tmsa",
+        decoder: str = "symmetric",
         decoder_time_entry: str | None = None,
     ) -> None:
-        super().__init__()
-        decoder_time_entry = decoder_time_entry or time_entry
+        for name, value, known in (
+            ("time_entry", time_entry, TIME_ENTRIES),
+            ("decoder", decoder, DECODERS),
+            ("decoder_time_entry", decoder_time_entry or time_entry, TIME_ENTRIES),
+        ):
+            require_choice(name, value, known)
         if not channels or len(channels) != len(depths) or min(depths) < 1:
             raise ValueError(
                 "depths: expected a positive number for each of channels "
@@ -96,17 +99,16 @@ class ImageDiffiT(DiffusionNetwork):
                 raise ValueError(
                     f"channels: expected multiples of head_dim = {head_dim}, got {width}"
                 )
-        for name, value, known in (
-            ("time_embedding", time_embedding, TIME_EMBEDDINGS),
-            ("time_entry", time_entry, TIME_ENTRIES),
-            ("decoder_time_entry", decoder_time_entry, TIME_ENTRIES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        self.img_resolution = img_resolution
-        self.img_channels = img_channels
-        self.label_dim = self.num_classes = label_dim
-        self.augment_dim = augment_dim
+        super().__init__(
+            img_resolution,
+            img_channels,
+            label_dim,
+            augment_dim,
+            time_width=channels[0],
+            temb_dim=temb_dim,
+            label_dropout=label_dropout,
+            time_embedding=time_embedding,
+        )
 
         def level(in_channels: int, dim: int, depth: int, entry: str) -> nn.ModuleList:
             return nn.ModuleList(
@@ -125,86 +127,39 @@ class ImageDiffiT(DiffusionNetwork):
                 for i in range(depth)
             )
 
-        self.time = NoiseEmbedder(
-            channels[0],
-            temb_dim,
-            label_dim=label_dim,
-            augment_dim=augment_dim,
-            label_dropout=label_dropout,
-            fourier=time_embedding == "fourier",
-        )
         steps = list(pairwise(channels))
         self.stem = nn.Conv2d(img_channels, channels[0], 3, padding=1)
         self.encoder = nn.ModuleList(
             level(dim, dim, depth, time_entry) for dim, depth in zip(channels, depths, strict=True)
         )
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in steps)
-        self.up = nn.ModuleList(Upsample(b, a) for a, b in steps)
-        self.decoder = nn.ModuleList(
-            level(2 * dim, dim, depth, decoder_time_entry)
-            for dim, depth in zip(channels[:-1], depths[:-1], strict=True)
-        )
-        self.norm = group_norm(channels[0])
-        self.head = nn.Conv2d(channels[0], img_channels, 3, padding=1)
+        self.mla = MLADecoder(channels, img_resolution) if decoder == "mla" else None
+        width = channels[0] if self.mla is None else self.mla.out_channels
+        if self.mla is None:
+            self.up = nn.ModuleList(Upsample(b, a) for a, b in steps)
+            self.decoder = nn.ModuleList(
+                level(2 * dim, dim, depth, decoder_time_entry or time_entry)
+                for dim, depth in zip(channels[:-1], depths[:-1], strict=True)
+            )
+        self.norm = group_norm(width)
+        self.head = nn.Conv2d(width, img_channels, 3, padding=1)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Start anew: PyTorch's defaults; the head and the ends of all branches are zero."""
-        self._reset_layers()
-        zero_(self.head)
-        for block in self.modules():
-            if isinstance(block, DiffiTBlock):
-                zero_(block.attn.proj)
-                zero_(block.mlp.fc2)
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """``F(x; c_noise)`` of EDM's preconditioning.
-
-        Args:
-            x: (B, img_channels, img_resolution, img_resolution), the noisy picture times c_in, in
-                the dtype of the parameters unless autocast is on.
-            noise_labels: (B,), c_noise = ln(sigma) / 4.
-            class_labels: (B, label_dim), one-hot; a row of zeros, or None: no class.
-            augment_labels: (B, augment_dim); None: not augmented.
-
-        Returns:
-            (B, img_channels, img_resolution, img_resolution).
-
-        Raises:
-            ValueError, TypeError: an input that does not fit, naming it.
-        """
-        require_images(x, self.img_channels, self.img_resolution)
-        if noise_labels.shape != x.shape[:1]:
-            raise ValueError(
-                f"noise_labels: expected ({x.shape[0]},), one for each of x, "
-                f"got shape {tuple(noise_labels.shape)}"
-            )
-        for name, labels, width in (
-            ("class_labels", class_labels, self.label_dim),
-            ("augment_labels", augment_labels, self.augment_dim),
-        ):
-            if labels is not None and labels.shape != (x.shape[0], width):
-                raise ValueError(
-                    f"{name}: expected ({x.shape[0]}, {width}), got shape {tuple(labels.shape)}"
-                )
-        temb = self.time(noise_labels, class_labels, augment_labels)
+    def _predict(self, x: Tensor, temb: Tensor) -> Tensor:
         # Channels last: the tokens of a block are then a view of the picture.
         x = self.stem(x).contiguous(memory_format=torch.channels_last)
-        skips: list[Tensor] = []
+        features: list[Tensor] = []
         for i, blocks in enumerate(self.encoder):
             if i:
-                skips.append(x)
                 x = self.down[i - 1](x)
             for block in blocks.children():
                 x = self._run(block, x, temb)
+            features.append(x)
+        if self.mla is not None:
+            return self.head(self.norm(self._run(self.mla, *features)))
+        x = features.pop()
         for up, blocks in zip(reversed(self.up), reversed(self.decoder), strict=True):
-            x = torch.cat([up(x), skips.pop()], dim=1)
+            x = torch.cat([up(x), features.pop()], dim=1)
             for block in blocks.children():
                 x = self._run(block, x, temb)
         return self.head(self.norm(x))

@@ -1,5 +1,7 @@
 """The networks of the paper, with what it reports of each, and the settings they are sampled with.
 
+``ablations.py`` has those that it compares them with; ``PRESETS`` holds both.
+
 Sizes: parameters in millions; GFLOPs are multiply-adds of one evaluation, as the paper counts
 them, but with the products of attention. FID: of 50,000 samples, as the paper reports it; None: no
 such network there. A test counts the sizes again.
@@ -8,7 +10,7 @@ such network there. A test counts the sizes again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffit.models.base import DiffusionNetwork
@@ -85,7 +87,7 @@ B = {"hidden_size": 768, "depth": 12, "num_heads": 12}
 L = {"hidden_size": 1024, "depth": 24, "num_heads": 16}
 
 # fmt: off
-PRESETS: dict[str, Preset] = {
+MAIN: dict[str, Preset] = {
     # name                             params  GFLOPs  FID
     "diffit_cifar10_32":       _image(  28.6,   7.0,  1.95, EDM_18, **CIFAR10, depths=(4, 4, 4)),
     "diffit_cifar10_32_small": _image(  15.8,   4.0,  None, EDM_18, **CIFAR10, depths=(2, 2, 2)),
@@ -99,8 +101,3 @@ PRESETS: dict[str, Preset] = {
     "diffit_xl_2_512":         _latent(562.4, 524.4,  2.67, DDPM_512, input_size=64),
 }
 # fmt: on
-
-
-def _ablation(base: str, fid: float, **changes: Any) -> Preset:
-    preset = PRESETS[base]
-    return replace(preset, fid=fid, options={**preset.options, **changes})

@@ -7,19 +7,20 @@ import fnmatch
 import os
 from typing import Any
 
+from diffit.models.ablations import ABLATIONS
 from diffit.models.base import DiffusionNetwork
-from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
-from diffit.models.presets import PRESETS, Preset
+from diffit.models.presets import MAIN, Preset
 from diffit.models.weights import find_weights, read_metadata
 
+PRESETS: dict[str, Preset] = MAIN | ABLATIONS
 NETWORKS: dict[str, type[DiffusionNetwork]] = {
-    network.__name__: network for network in (ImageDiffiT, LatentDiffiT)
+    preset.network.__name__: preset.network for preset in PRESETS.values()
 }
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of presets that match a shell pattern, for example ``"diffit_cifar10*"``."""
+    """Names of presets that match a shell pattern, as ``"*_cifar10_*"``; ablations come last."""
     return fnmatch.filter(PRESETS, pattern)
 
 

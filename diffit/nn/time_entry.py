@@ -1,4 +1,4 @@
-"""Blocks in which time enters in another place: the paper's comparisons, tables 4 and 5.
+"""Blocks in which time enters in another place, with which the paper compares its attention.
 
 All take what ``DiffiTBlock`` takes. ``TIME_ENTRIES`` names them.
 """
@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffit.nn.block import DiffiTBlock
 from diffit_kernels import add_layer_norm, relative_position_index
+from diffit_kernels.ops.window_attention import as_grid
 from diffit_kernels.problem import WindowAttentionProblem
 from diffit_kernels.reference.window_attention import partition, unpartition
 
@@ -27,7 +28,9 @@ class SeparateTokenBlock(DiffiTBlock):
         super().__init__(dim, num_heads, temb_dim=None, **options)
         self.v_temb = nn.Linear(temb_dim, dim)
 
-    def forward(self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C)."""
         value = self.v_temb(temb)
         row = torch.cat([torch.zeros_like(value), torch.zeros_like(value), value], dim=-1)
@@ -41,7 +44,9 @@ class TimeMLPBlock(DiffiTBlock):
         super().__init__(dim, num_heads, temb_dim=None, **options)
         self.mlp_temb = nn.Linear(temb_dim, dim)
 
-    def forward(self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C)."""
         attention = self.attn(self.norm1(x), grid_size=grid_size)
         x, normed = add_layer_norm(x, attention, self.norm2.eps)
@@ -55,7 +60,9 @@ class AdaptiveScaleBlock(DiffiTBlock):
         super().__init__(dim, num_heads, temb_dim=None, **options)
         self.scale_temb = nn.Linear(temb_dim, 4 * dim)
 
-    def forward(self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C)."""
         rows = self.scale_temb(temb)[:, None].chunk(4, dim=-1)
         attention = self.attn(self.norm1(x) * (1 + rows[0]) + rows[1], grid_size=grid_size)
@@ -76,7 +83,9 @@ class TimeBiasBlock(DiffiTBlock):
             raise ValueError("rel_pos_bias: expected True, this block puts time into the bias")
         self.table_temb = nn.Linear(temb_dim, table.numel())
 
-    def forward(self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C)."""
         attn = self.attn
         assert attn.relative_position_bias_table is not None
@@ -87,8 +96,9 @@ class TimeBiasBlock(DiffiTBlock):
         bias = table[:, index].permute(0, 3, 1, 2)[:, None]  # (B, 1, heads, M, M)
 
         qkv = attn.qkv(self.norm1(x))
+        grid = as_grid(grid_size, x.shape[1], attn.window_size)
         problem = WindowAttentionProblem.from_tensors(
-            qkv, None, None, None, attn.num_heads, attn.window_size, grid_size, attn.scale
+            qkv, None, None, None, attn.num_heads, attn.window_size, grid, attn.scale
         )
         q, k, v = partition(problem, qkv, 3)  # (B, windows, heads, M, head_dim)
         out = scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=attn.scale)

@@ -165,6 +165,15 @@ def test_readme_table_is_replaced_between_the_markers() -> None:
     assert readme_table.replace_table(new, "again").count("again") == 1
 
 
+def test_summary_of_the_readme() -> None:
+    """The mean of 2 and 8, and the least; a line per device and dtype."""
+    lines = readme_table.summary_table([(RUN, ROWS), (RUN, ROWS)]).splitlines()
+    assert len(lines) == 4
+    assert lines[2] == lines[3]
+    assert lines[2].startswith("| a processor, avx2, 2 threads, 2026-01-01 | fp32 |")
+    assert "4.00x (2.00)" in lines[2]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, embedding, gelu, layer_norm, linear, silu
 
-from diffit.models import ImageDiffiT, LatentDiffiT
+from diffit.models import DDPMpp, ImageDiffiT, LatentDiffiT, ViTMLA
 from diffit.nn import DiffiTBlock
 from tests.published import parameters_of, published_tmsa
+
+PICTURES = {"img_resolution": 12, "label_dim": 4, "augment_dim": 9, "temb_dim": 24}
 
 
 def stirred(network: nn.Module, seed: int = 0) -> Any:
@@ -19,7 +21,7 @@ def stirred(network: nn.Module, seed: int = 0) -> Any:
     with torch.no_grad():
         for parameter in network.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * (0.5 / max(parameter.shape[-1], 4) ** 0.5))
+            parameter.add_(noise * (0.5 / max(parameter[0].numel(), 4) ** 0.5))
     return network.eval()
 
 
@@ -33,17 +35,22 @@ def small_latent(**options: Any) -> LatentDiffiT:
 def small_image(**options: Any) -> ImageDiffiT:
     """3 x 12 x 12 pictures, two resolutions, windows of 3, four classes, augmentation labels."""
     torch.manual_seed(0)
-    sizes = {
-        "img_resolution": 12,
-        "label_dim": 4,
-        "augment_dim": 9,
-        "channels": (16, 32),
-        "depths": (1, 2),
-        "head_dim": 8,
-        "window_size": 3,
-        "temb_dim": 24,
-    }
-    return stirred(ImageDiffiT(**{**sizes, **options}))
+    sizes = {"channels": (16, 32), "depths": (1, 2), "head_dim": 8, "window_size": 3}
+    return stirred(ImageDiffiT(**{**PICTURES, **sizes, **options}))
+
+
+def small_vit(**options: Any) -> ViTMLA:
+    """The same pictures; 16 tokens of 16 channels, four blocks."""
+    torch.manual_seed(0)
+    sizes = {"patch_size": 3, "hidden_size": 16, "depth": 4, "num_heads": 2, "decoder_width": 16}
+    return stirred(ViTMLA(**{**PICTURES, **sizes, **options}))
+
+
+def small_ddpmpp(**options: Any) -> DDPMpp:
+    """The same pictures; two resolutions, attention at the lower."""
+    torch.manual_seed(0)
+    sizes = {"stem_channels": 8, "channels": (16, 24), "num_blocks": 1, "attn_resolutions": (6,)}
+    return stirred(DDPMpp(**{**PICTURES, **sizes, **options}))
 
 
 def latent_inputs(batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -53,7 +60,7 @@ def latent_inputs(batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[T
 
 
 def image_inputs(batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """x, noise_labels, class_labels and augment_labels of ``small_image``."""
+    """x, noise_labels, class_labels and augment_labels of ``small_image`` and the like."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, 12, 12, generator=generator)
     noise = torch.randn(batch, generator=generator)

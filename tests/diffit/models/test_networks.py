@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,16 +12,25 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from tests.diffit.models.networks import image_inputs, latent_inputs, small_image, small_latent
+from tests.diffit.models.networks import (
+    image_inputs,
+    latent_inputs,
+    small_ddpmpp,
+    small_image,
+    small_latent,
+    small_vit,
+)
 
 NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]] = {
     "image": (small_image, image_inputs),
     "latent": (small_latent, latent_inputs),
+    "vit": (small_vit, image_inputs),
+    "ncsn++": (partial(small_ddpmpp, ncsnpp=True, tmsa=True), image_inputs),
 }
-both = pytest.mark.parametrize(("make", "inputs"), NETWORKS.values(), ids=NETWORKS)
+every = pytest.mark.parametrize(("make", "inputs"), NETWORKS.values(), ids=NETWORKS)
 
 
-@both
+@every
 def test_checkpointing(make: Any, inputs: Any) -> None:
     """The same bits of result and gradients, and far less kept for the backward pass."""
     network = make()
@@ -39,7 +49,7 @@ def test_checkpointing(make: Any, inputs: Any) -> None:
     assert all(map(torch.equal, *grads.values()))
 
 
-@both
+@every
 def test_from_meta(make: Any, inputs: Any) -> None:
     """Nothing is allocated there; ``reset_parameters`` then gives what the constructor gives."""
     made = make()
@@ -70,7 +80,7 @@ def test_frequencies_start_anew() -> None:
     assert not torch.equal(network.time.fourier.frequencies, before)
 
 
-@both
+@pytest.mark.parametrize(("make", "inputs"), list(NETWORKS.values())[:2], ids=["image", "latent"])
 def test_compiles_whole(make: Any, inputs: Any) -> None:
     """In one graph, forward and backward, and once for all batches."""
     network = make()
@@ -90,7 +100,7 @@ def test_compiles_whole(make: Any, inputs: Any) -> None:
     torch._dynamo.reset()
 
 
-@both
+@every
 def test_exports(make: Any, inputs: Any) -> None:
     """With any batch."""
     network, args = make(), inputs(3)
@@ -100,7 +110,7 @@ def test_exports(make: Any, inputs: Any) -> None:
         torch.testing.assert_close(program.module()(*inputs(size)), network(*inputs(size)))
 
 
-@both
+@every
 def test_under_autocast(make: Any, inputs: Any) -> None:
     """Float32 parameters and inputs, products in bfloat16."""
     network, args = make(), inputs()
@@ -110,7 +120,7 @@ def test_under_autocast(make: Any, inputs: Any) -> None:
     assert (y.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-@both
+@every
 def test_copies(make: Any, inputs: Any) -> None:
     network = make()
     assert torch.equal(copy.deepcopy(network)(*inputs()), network(*inputs()))
