@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffit_kernels.dispatch import select
 from diffit_kernels.ops import autocast
+from diffit_kernels.ops.registration import operator
 from diffit_kernels.problem import AddLayerNormProblem, require_like, require_shape
 
 
@@ -40,7 +41,7 @@ def add_layer_norm(x: Tensor, y: Tensor, eps: float = 1e-6) -> tuple[Tensor, Ten
     return s, n
 
 
-@torch.library.custom_op("diffit::add_layer_norm", mutates_args=())
+@operator("add_layer_norm")
 def _forward(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     problem = AddLayerNormProblem.from_tensors(x, y, eps)
     return select(problem).add_layer_norm(problem, x, y, eps)
@@ -52,13 +53,13 @@ def _forward_fake(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-@torch.library.custom_op("diffit::add_layer_norm_backward", mutates_args=())
+@operator("add_layer_norm_backward")
 def _backward(grad_s: Tensor, grad_n: Tensor, s: Tensor, eps: float) -> Tensor:
     """Gradient of x, and of y in the dtype of x."""
     problem = AddLayerNormProblem.from_tensors(s, grad_n, eps)
     require_like("grad_s", grad_s, s.dtype, s)
     require_shape("grad_s", grad_s, tuple(s.shape))
-    with torch.autocast(problem.device_type, enabled=False):
+    with autocast.disabled(s):
         return select(problem).add_layer_norm_backward(problem, grad_s, grad_n, s, eps)
 
 
@@ -80,4 +81,5 @@ def _autograd(ctx: Any, grad_s: Tensor, grad_n: Tensor) -> tuple[Tensor, Tensor,
     return grad, grad.to(ctx.y_dtype), None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_autograd(_autograd, _setup_context)
+_backward.register_autograd()

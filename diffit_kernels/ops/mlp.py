@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from diffit_kernels.dispatch import select
-from diffit_kernels.ops.autocast import register_autocast
+from diffit_kernels.ops import autocast
+from diffit_kernels.ops.registration import operator
 from diffit_kernels.problem import MLPProblem, require_like, require_shape
 
 
@@ -40,7 +41,7 @@ def mlp(
     return y
 
 
-@torch.library.custom_op("diffit::mlp", mutates_args=())
+@operator("mlp")
 def _forward(
     x: Tensor,
     fc1_weight: Tensor,
@@ -71,7 +72,7 @@ def _forward_fake(
     return x.new_empty(*x.shape[:-1], problem.out_features), x.new_empty(hidden)
 
 
-@torch.library.custom_op("diffit::mlp_backward", mutates_args=())
+@operator("mlp_backward")
 def _backward(
     grad_y: Tensor,
     x: Tensor,
@@ -87,7 +88,7 @@ def _backward(
     require_shape("grad_y", grad_y, (*x.shape[:-1], problem.out_features))
     require_like("hidden", hidden, x.dtype, x)
     require_shape("hidden", hidden, (problem.rows, problem.hidden_features))
-    with torch.autocast(problem.device_type, enabled=False):
+    with autocast.disabled(x):
         return select(problem).mlp_backward(
             problem, grad_y, x, fc1_weight, fc1_bias, fc2_weight, hidden
         )
@@ -121,8 +122,9 @@ def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[An
     return *torch.ops.diffit.mlp_backward(grad_y, *ctx.saved_tensors), None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-register_autocast("mlp", torch.ops.diffit.mlp)
+_forward.register_autograd(_autograd, _setup_context)
+_backward.register_autograd()
+_forward.register_autocast()
 
 
 @register_flop_formula(torch.ops.diffit.mlp)

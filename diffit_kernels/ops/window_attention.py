@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from diffit_kernels.dispatch import select
-from diffit_kernels.ops.autocast import register_autocast
+from diffit_kernels.ops import autocast
+from diffit_kernels.ops.registration import operator
 from diffit_kernels.problem import (
     WindowAttentionProblem,
     require_floating,
@@ -108,7 +109,7 @@ def as_grid(
     return side, side
 
 
-@torch.library.custom_op("diffit::window_attention", mutates_args=())
+@operator("window_attention")
 def _forward(
     qkv: Tensor,
     rel_pos_table: Tensor | None,
@@ -145,7 +146,7 @@ def _forward_fake(
     )
 
 
-@torch.library.custom_op("diffit::window_attention_backward", mutates_args=())
+@operator("window_attention_backward")
 def _backward(
     grad_out: Tensor,
     qkv: Tensor,
@@ -168,7 +169,7 @@ def _backward(
         require_shape(name, tensor, (problem.batch, problem.tokens, problem.dim))
     require_like("lse", lse, problem.table_dtype, qkv)
     require_shape("lse", lse, (problem.batch, problem.num_heads, problem.tokens))
-    with torch.autocast(problem.device_type, enabled=False):
+    with autocast.disabled(qkv):
         grad_qkv, grad_table, grad_q_row, grad_v_row = select(problem).window_attention_backward(
             problem, grad_out, qkv, rel_pos_table, q_row, v_row, out, lse, scale
         )
@@ -215,8 +216,9 @@ def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any
     return *present, *(None for _ in ctx.arguments)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-register_autocast("window_attention", torch.ops.diffit.window_attention, keep=(1,))
+_forward.register_autograd(_autograd, _setup_context)
+_backward.register_autograd()
+_forward.register_autocast(keep=(1,))
 
 
 @register_flop_formula(torch.ops.diffit.window_attention)
