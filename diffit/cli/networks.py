@@ -10,7 +10,7 @@ import torch
 
 from diffit.models import (
     DiffusionNetwork,
-    ImageDiffiT,
+    ImageNetwork,
     LatentDiffiT,
     Preset,
     create_model,
@@ -84,7 +84,7 @@ def image_size(network: DiffusionNetwork) -> int:
     """Height and width of the pictures, in pixels."""
     if isinstance(network, LatentDiffiT):
         return network.input_size * VAE_SCALE
-    assert isinstance(network, ImageDiffiT)
+    assert isinstance(network, ImageNetwork)
     return network.img_resolution
 
 

@@ -37,7 +37,9 @@ def test_grid(tmp_path: Path, count: int, rows: int, columns: int) -> None:
     filled(out, notes_of(*seeds)).finish(notes_of(*seeds))
     grid = pixels_of(out)
     assert grid.shape == (rows * HEIGHT, columns * WIDTH, 3)
-    cells = grid.reshape(rows, HEIGHT, columns, WIDTH, 3).swapaxes(1, 2).reshape(-1, HEIGHT, WIDTH, 3)
+    cells = (
+        grid.reshape(rows, HEIGHT, columns, WIDTH, 3).swapaxes(1, 2).reshape(-1, HEIGHT, WIDTH, 3)
+    )
     assert all((cell == picture(seed)).all() for cell, seed in zip(cells, seeds, strict=False))
     assert (cells[count:] == 255).all()
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
@@ -116,7 +118,9 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["grid.jpg", "grid.PNG", "all.npy", "v1.2"])
 def test_unknown_extension(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="expected a folder or a file that ends in .png or .npz"):
+    with pytest.raises(
+        ValueError, match=r"expected a folder or a file that ends in \.png or \.npz"
+    ):
         Gallery(str(tmp_path / name))
     assert Gallery(str(tmp_path / name) + "/").folder == tmp_path / name
 
@@ -129,9 +133,14 @@ def test_no_folder_to_write_to(tmp_path: Path) -> None:
 def test_replacing_is_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), replacing(path) as file:
-        file.write(b"half")
-        raise KeyError
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert path.read_bytes() == b"old"
     with replacing(path) as file:
         file.write(b"new")

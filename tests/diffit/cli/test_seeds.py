@@ -31,7 +31,8 @@ def test_seeds(text: str, seeds: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "3-1", "-1", "1--2", "1-", "1,,2", "0x3", "1.5", "٣", "0-10000000", str(2**63)]
+    "text",
+    ["", "a", "3-1", "-1", "1--2", "1-", "1,,2", "0x3", "1.5", "٣", "0-10000000", str(2**63)],
 )
 def test_no_seeds(text: str) -> None:
     with pytest.raises(ArgumentTypeError):
