@@ -135,7 +135,11 @@ class Painter:
         model = self._denoiser
         if self._network.num_classes:
             model = guided(model, torch.tensor(classes, device=self.device), self._guidance)
-        hook = self._model.register_forward_hook(lambda *_: called())
+
+        def count(*_: Any) -> None:  # what a hook returns would replace the result
+            called()
+
+        hook = self._model.register_forward_hook(count)
         try:
             images = self._sample(model, latents, noise)
         finally:

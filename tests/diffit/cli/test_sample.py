@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffit.cli import main
-from diffit.models import DDPMpp, save_weights
+from diffit.cli.pictures import Painter
+from diffit.models import DDPMpp, Sampling, save_weights
 from tests.diffit.cli.test_main import fails  # noqa: F401
 from tests.diffit.models.networks import small_ddpmpp, small_image, small_latent, stirred
 
@@ -62,6 +63,17 @@ def test_a_seed_is_a_picture(sample: Callable[..., str], tmp_path: Path) -> None
         assert np.abs(a.astype(int) - b).max() <= 1
         assert Image.open(whole / name).info == Image.open(alone / name).info
     assert len(set(pngs(whole).values())) == 7
+
+
+def test_what_counts_the_calls_changes_nothing() -> None:
+    """A progress bar may return something."""
+    network = small_image(img_resolution=32, label_dim=9, window_size=4)
+    painter = Painter(network, Sampling("edm", 2))
+    calls: list[int] = []
+    quiet = painter.paint([0], [1], lambda: None)
+    counted = painter.paint([0], [1], lambda: calls.append(1) or True)
+    assert np.array_equal(quiet.pixels, counted.pixels)
+    assert len(calls) == counted.evaluated == painter.evaluations == 3
 
 
 def test_grid_and_npz(sample: Callable[..., str], tmp_path: Path) -> None:
