@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from diffit.cli import data, info, models, sample
+from diffit.cli import data, info, models, sample, viz
 
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
 LONGEST_MESSAGE = 500
@@ -31,7 +31,13 @@ class Command(Protocol):
         """Do it; an error is wrong input."""
 
 
-COMMANDS: dict[str, Command] = {"sample": sample, "models": models, "data": data, "info": info}
+COMMANDS: dict[str, Command] = {
+    "sample": sample,
+    "viz": viz,
+    "models": models,
+    "data": data,
+    "info": info,
+}
 
 
 class Parser(argparse.ArgumentParser):

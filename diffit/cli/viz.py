@@ -1,0 +1,91 @@
+"""``diffit viz``: attention maps and bias tables as one PNG."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+HELP = "draw attention maps, or the relative position bias of a layer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("what", choices=("attention", "bias"))
+    add("--preset", metavar="NAME", help="network and settings; `diffit models` lists them")
+    add("--weights", metavar="SOURCE", help="as in `diffit sample`")
+    add("--out", type=Path, required=True, help="the .png to write")
+    add("--layers", nargs="+", metavar="NAME", help="default: the first, the middle and the last")
+    add("--head", type=int, help="attention of one head (default: the mean of all)")
+    add("--seed", type=int, default=0, help="of the picture that is sampled")
+    add("--class", dest="label", type=int, help="of that picture (default: none)")
+    add("--steps", type=int, default=18, help="of the sampler")
+    add("--moments", type=int, default=4, help="how many times to show, evenly spread")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw it.
+
+    Raises:
+        ValueError, OSError, ImportError: wrong input.
+    """
+    from diffit.cli.networks import RANDOM, find_network
+    from diffit.models import ImageNetwork, get_preset
+    from diffit.viz import (
+        AttentionRecorder,
+        bias_tables,
+        draw_attention,
+        draw_bias,
+        record_sampling,
+    )
+
+    out = arguments.out
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise ValueError(f"--out: expected a .png in a folder that exists, got {str(out)!r}")
+    found = find_network(arguments.preset, arguments.weights)
+    network = found.network
+    if found.weights == RANDOM:
+        print(f"no weights for {found.preset}: the network is random, it has learned nothing")
+    if arguments.what == "bias":
+        tables = bias_tables(network)
+        if not tables:
+            raise ValueError(f"{found.preset}: no layer has a relative position bias")
+        layer = _layers(arguments.layers, tables)[0]
+        draw_bias(out, layer, tables[layer])
+    else:
+        recorder = AttentionRecorder(network)
+        layers = _layers(arguments.layers, recorder.layers)
+        heads = min(recorder.layers[name].num_heads for name in layers)
+        if arguments.head is not None and not 0 <= arguments.head < heads:
+            raise ValueError(f"--head: expected 0..{heads - 1}, got {arguments.head}")
+        moments = record_sampling(
+            network,
+            seed=arguments.seed,
+            label=arguments.label,
+            steps=arguments.steps,
+            moments=arguments.moments,
+            sigma_data=get_preset(found.preset).sampling.sigma_data,
+        )
+        is_image = isinstance(network, ImageNetwork)
+        times = [_time(moment.time, is_image=is_image) for moment in moments]
+        draw_attention(out, network, moments, layers, times=times, head=arguments.head)
+    print(f"{out}: {', '.join(layers if arguments.what == 'attention' else [layer])}")
+
+
+def _time(time: float, *, is_image: bool) -> str:
+    from math import exp
+
+    return f"sigma {exp(4 * time):.3g}" if is_image else f"t = {time:.0f}"
+
+
+def _layers(asked: list[str] | None, known: Iterable[str]) -> list[str]:
+    names = list(known)
+    if asked is None:
+        return list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
+    for name in asked:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ValueError(f"--layers: there is no {name!r}; the nearest is {near[0]!r}")
+    return asked
