@@ -1,0 +1,1 @@
+"""The fused operators inside networks of other libraries, which are not imported here."""
