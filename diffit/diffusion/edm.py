@@ -159,7 +159,7 @@ def edm_loss(
     """
     if sigma_data is None:
         sigma_data = float(denoiser.sigma_data)  # type: ignore[attr-defined]
-    sigma = (p_mean + p_std * randn_like(images[:, 0, 0, 0])).exp()
+    sigma = (p_mean + p_std * randn_like(images.new_empty(len(images)))).exp()
     noisy = images + sigma.view(-1, 1, 1, 1) * randn_like(images)
     labels = () if class_labels is None else (class_labels,)
     denoised = denoiser(noisy, sigma, *labels, **model_kwargs)

@@ -131,6 +131,15 @@ class GaussianDiffusion:
     def __len__(self) -> int:
         return len(self.timestep_map)
 
+    def _check_steps(self, t: Tensor, x: Tensor) -> None:
+        if t.shape != x.shape[:1] or t.is_floating_point():
+            raise ValueError(
+                f"t: expected ({len(x)},), integers, got shape {tuple(t.shape)}, {t.dtype}"
+            )
+        # On other devices the check would wait for all that is under way.
+        if t.device.type == "cpu" and bool(((t < 0) | (t >= len(self))).any()):
+            raise ValueError(f"t: expected 0..{len(self) - 1}, got {t.tolist()}")
+
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``.
 
@@ -141,8 +150,16 @@ class GaussianDiffusion:
 
         Returns:
             (B, C, H, W), the dtype of x0.
+
+        Raises:
+            ValueError: t out of range, or noise of another shape.
         """
+        self._check_steps(t, x0)
         noise = torch.randn_like(x0) if noise is None else noise
+        if noise.shape != x0.shape:
+            raise ValueError(
+                f"noise: expected the shape of x0, {tuple(x0.shape)}, got {tuple(noise.shape)}"
+            )
         abar = self.alphas_cumprod
         return _at(abar.sqrt(), t, x0) * x0 + _at((1 - abar).sqrt(), t, x0) * noise
 
@@ -168,13 +185,7 @@ class GaussianDiffusion:
 
         Args and errors are those of ``p_mean_variance``.
         """
-        if t.shape != x.shape[:1] or t.is_floating_point():
-            raise ValueError(
-                f"t: expected ({len(x)},), integers, got shape {tuple(t.shape)}, {t.dtype}"
-            )
-        # On other devices the check would wait for all that is under way.
-        if t.device.type == "cpu" and (int(t.min()) < 0 or int(t.max()) >= len(self)):
-            raise ValueError(f"t: expected 0..{len(self) - 1}, got {t.tolist()}")
+        self._check_steps(t, x)
         out = in_dtype(model, x.dtype)(x, self.timestep_map.to(t.device)[t])
         channels = x.shape[1] * (2 if self.learn_sigma else 1)
         expected = (len(x), channels, *x.shape[2:])

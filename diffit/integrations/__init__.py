@@ -1,1 +1,4 @@
-"""The fused operators inside networks of other libraries, which are not imported here."""
+"""DiffiT's attention and networks in other libraries.
+
+A module for each, which imports that library only when it is used.
+"""

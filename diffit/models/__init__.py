@@ -1,6 +1,6 @@
 """The networks: image-space and latent DiffiT, what the paper compares, presets, files."""
 
-from diffit.models.base import DiffusionNetwork
+from diffit.models.base import DiffusionNetwork, ImageNetwork
 from diffit.models.ddpmpp import DDPMpp
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
@@ -14,6 +14,7 @@ __all__ = [
     "DDPMpp",
     "DiffusionNetwork",
     "ImageDiffiT",
+    "ImageNetwork",
     "LatentDiffiT",
     "Preset",
     "Sampling",

@@ -17,7 +17,13 @@ TIME_EMBEDDINGS = ("sinusoidal", "fourier")
 
 
 class DiffusionNetwork(Pretrained):
-    """A network that can checkpoint its blocks, start anew, and be saved and loaded."""
+    """A network that can checkpoint its blocks, start anew, and be saved and loaded.
+
+    Attributes:
+        num_classes: classes, which is also the id that means no class.
+    """
+
+    num_classes: int
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,10 +42,15 @@ class LatentCodec(nn.Module):
 
         Raises:
             ImportError: diffusers is missing.
-            OSError: there is no autoencoder at that place.
+            OSError: there is no autoencoder at that place, or no way to it.
         """
         autoencoder = import_extra("diffusers", "latent").AutoencoderKL
-        return cls(autoencoder.from_pretrained(os.fspath(source), **options))
+        options.setdefault("low_cpu_mem_usage", False)  # it would need accelerate
+        try:
+            return cls(autoencoder.from_pretrained(os.fspath(source), **options))
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(f"source: found no autoencoder at {str(source)!r}: {reason}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save, so that ``from_pretrained(folder)`` finds it."""

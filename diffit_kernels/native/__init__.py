@@ -16,6 +16,7 @@ from diffit_kernels.problem import (
     Problem,
     WindowAttentionProblem,
 )
+from diffit_kernels.products import linear, mm
 
 # torch is imported first: the extension then shares its OpenMP pool.
 _module: Any = None
@@ -206,14 +207,14 @@ def mlp(
     for start in range(0, problem.rows, step):
         part = slice(start, start + step)
         rows = min(step, problem.rows - start)
-        torch.mm(x[part], fc1_weight.t(), out=hidden[:rows])
+        linear(x[part], fc1_weight, None, out=hidden[:rows])
         _module.bias_gelu(
             (rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
             hidden.data_ptr(),
             bias.data_ptr(),
             activation.data_ptr(),
         )
-        torch.addmm(fc2_bias, activation[:rows], fc2_weight.t(), out=y[part])
+        linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
     return y.reshape(*shape, problem.out_features), hidden if save_hidden else None
 
 
@@ -230,7 +231,7 @@ def mlp_backward(
     x_rows = x.reshape(problem.rows, -1)
     grad_rows = grad_y.reshape(problem.rows, -1)
     hidden = hidden.contiguous()
-    grad_hidden = (grad_rows @ fc2_weight).contiguous()
+    grad_hidden = mm(grad_rows, fc2_weight).contiguous()
     bias = fc1_bias.contiguous()
     activation = torch.empty_like(hidden)
     grad_fc1_bias = torch.empty(problem.hidden_features, dtype=torch.float32)
@@ -243,10 +244,10 @@ def mlp_backward(
         grad_fc1_bias.data_ptr(),
     )
     return (
-        (grad_hidden @ fc1_weight).reshape(x.shape),
-        grad_hidden.t() @ x_rows,
+        mm(grad_hidden, fc1_weight).reshape(x.shape),
+        mm(grad_hidden.t(), x_rows),
         grad_fc1_bias.to(x.dtype),
-        grad_rows.t() @ activation,
+        mm(grad_rows.t(), activation),
         grad_rows.sum(dim=0),
     )
 

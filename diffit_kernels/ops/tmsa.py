@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import linear
 
 from diffit_kernels.ops import autocast
+from diffit_kernels.ops.linear import linear
 from diffit_kernels.ops.window_attention import window_attention
 from diffit_kernels.problem import require_floating, require_like, require_shape
 

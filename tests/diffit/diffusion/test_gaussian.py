@@ -368,6 +368,10 @@ def test_wrong_arguments() -> None:
     for t in (torch.tensor([0, 250]), torch.tensor([-1, 3])):
         with pytest.raises(ValueError, match=r"t: expected 0..249, got \["):
             diffusion.p_mean_variance(noise_and_range, x, t)
+        with pytest.raises(ValueError, match=r"t: expected 0..249, got \["):
+            diffusion.q_sample(x, t)
+    with pytest.raises(ValueError, match=r"noise: expected the shape of x0, \(2, 4, 3, 5\), got"):
+        diffusion.q_sample(x, torch.tensor([0, 1]), x[:1])
     with pytest.raises(ValueError, match=r"t: expected \(2,\), integers, got shape \(1,\)"):
         diffusion.p_mean_variance(noise_and_range, x, torch.tensor([0]))
     with pytest.raises(ValueError, match=r"model: expected outputs \(2, 8, 3, 5\) for learn_sigma"):

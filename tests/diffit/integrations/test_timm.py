@@ -7,6 +7,7 @@ import enum
 import importlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -100,6 +101,11 @@ def whole(model: nn.Module) -> nn.Module:
 
 def pictures(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="a checkout may lack timm")
+def test_timm_is_there() -> None:
+    assert find_spec("timm") is not None
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

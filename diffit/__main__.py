@@ -1,0 +1,7 @@
+"""``python -m diffit``: the command line."""
+
+import sys
+
+from diffit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,74 @@
+"""The command line: ``diffit COMMAND ...``, also as ``python -m diffit``.
+
+A command is a module with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``, entered in
+``COMMANDS``. Importing it is quick: what needs PyTorch is imported by ``run``. Wrong input raises
+an error there, which becomes one line and the exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
+
+from diffit.cli import data, info, models, sample
+
+WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
+LONGEST_MESSAGE = 500
+
+
+class Command(Protocol):
+    """What a module of a command has."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
+        """Declare the arguments."""
+
+    def run(self, arguments: argparse.Namespace, /) -> None:
+        """Do it; an error is wrong input."""
+
+
+COMMANDS: dict[str, Command] = {"sample": sample, "models": models, "data": data, "info": info}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(WRONG_INPUT, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0, 2 for wrong input, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: arguments that do not parse (code 2), or ``--help`` (code 0).
+    """
+    parser = Parser(prog="diffit", description="DiffiT diffusion networks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            commands.add_parser(name, help=command.HELP, description=command.HELP)
+        )
+    arguments = parser.parse_args(argv)
+    try:
+        COMMANDS[arguments.command].run(arguments)
+    except KeyboardInterrupt as interrupt:
+        message, code = str(interrupt) or "interrupted", INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        message, code = _one_line(error), WRONG_INPUT
+    else:
+        return 0
+    print(f"diffit {arguments.command}: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = textwrap.shorten(str(error), LONGEST_MESSAGE, placeholder=" ...")
+    return text or type(error).__name__

@@ -1,0 +1,1 @@
+"""Sets of pictures: their files, in EDM's layout."""
