@@ -147,14 +147,15 @@ def accelerate(model: nn.Module) -> nn.Module:
     Warns:
         UserWarning: it has no layer that can be swapped; it is returned unchanged.
     """
-    swapped, left = [], []
+    swapped: list[str] = []
+    left: dict[str, str] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, SwinWindowAttention):
             if "Attention" not in type(layer).__name__:
                 continue
             reason = _why_not(layer)
             if reason is not None:
-                left.append(f"{name or 'model'}: {reason}")
+                left[name or "model"] = reason
                 continue
             layer.__class__ = _fused_class(type(layer))
         swapped.append(name or "model")
@@ -164,10 +165,10 @@ def accelerate(model: nn.Module) -> nn.Module:
             layer._split_by(mask)
     for name in swapped:
         _logger.info("on the fused window attention: %s", name)
-    for line in left:
-        _logger.info("left alone: %s", line)
+    for name, reason in left.items():
+        _logger.info("left alone: %s: %s", name, reason)
     if not swapped:
-        found = "; ".join(left) or "it has no attention layers"
+        found = "; ".join(dict.fromkeys(left.values())) or "it has no attention layers"
         warnings.warn(f"accelerate: nothing was swapped in this model ({found})", stacklevel=2)
     return model
 

@@ -301,7 +301,7 @@ def test_cosine_attention_is_left_alone(timm: ModuleType) -> None:
         "swinv2_tiny_window8_256", img_size=64, depths=(1,), num_heads=(2,), embed_dim=16
     )
     classes = [type(layer) for layer in model.modules()]
-    with pytest.warns(UserWarning, match=r"layers\.0\.blocks\.0\.attn: .* has cosine attention"):
+    with pytest.warns(UserWarning, match="nothing was swapped .* has cosine attention"):
         assert accelerate(model) is model
     assert [type(layer) for layer in model.modules()] == classes
 
@@ -309,5 +309,5 @@ def test_cosine_attention_is_left_alone(timm: ModuleType) -> None:
 def test_other_models_are_left_alone() -> None:
     with pytest.warns(UserWarning, match="nothing was swapped .* no attention layers"):
         accelerate(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.warns(UserWarning, match=r"model: torch\.nn\..*MultiheadAttention is not timm"):
+    with pytest.warns(UserWarning, match=r"torch\.nn\..*MultiheadAttention is not timm"):
         accelerate(nn.MultiheadAttention(4, 2))
