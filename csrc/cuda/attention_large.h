@@ -2,7 +2,9 @@
 //
 // Nothing of size M x M is stored: the backward kernels compute the probabilities again from the
 // log-sum-exp. Its rounding would scale whole rows of them, so the first backward kernel also sums its
-// row and writes 1 / sum as the `weight` of the row, beside delta = rowsum(dO (out - v_row)).
+// row and writes 1 / sum as the `weight` of the row, beside delta = rowsum(P dP). That is also
+// rowsum(dO (out - v_row)), but from an out that is rounded to 16 bits dS = P (dP - delta) would not
+// vanish where it has to: where one key has all the weight, or all values are equal.
 //
 // A block has 64 queries or keys of its own, 16 to a warp, and reads the others in tiles, the next
 // one in the background.
@@ -74,7 +76,7 @@ constexpr int large_forward_shared(int table_rows) {
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(threads) large_forward(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, 1) large_forward(const WindowAttention p) {
     constexpr int N = forward_keys<D>;
     const LargeWork work(p);
     const Window& window = work.window;
@@ -131,29 +133,10 @@ constexpr int large_backward_shared(int table_rows) {
     return tile_size<D>(2 * block_rows + 4 * backward_rows) * 2 + table_size(table_rows) * 4;
 }
 
-// rowsum(dO (out - v_row)) of the rows that this thread has of an accumulator.
+// dQ of a tile of queries; their weight and delta; the tile's part of the gradients of the rows. It
+// goes through the keys twice: the first time for weight and delta.
 template <class T, int D>
-DEVICE void row_delta(float (&delta)[2], Shared<uint16_t> grad,
-                      const LargeRows<const uint16_t>& out, const uint16_t* v_row, int head_dim) {
-    for (int r = 0; r < 2; ++r) {
-        const int row = row_slot(0, 2 * r);
-        const uint16_t* from = out(row);
-        float total = 0;
-        for (int column = lane() % 4 * 2; column < head_dim && from; column += 8) {
-            float o[2], g[2], v[2] = {0, 0};
-            T::unpack(*reinterpret_cast<const uint32_t*>(from + column), o[0], o[1]);
-            if (v_row) T::unpack(*reinterpret_cast<const uint32_t*>(v_row + column), v[0], v[1]);
-            const auto at = grad + (row * row_stride<D> + column);
-            T::unpack(load(at.template as<uint32_t>()), g[0], g[1]);
-            total += g[0] * (o[0] - v[0]) + g[1] * (o[1] - v[1]);
-        }
-        delta[r] = row_sum(total);
-    }
-}
-
-// dQ of a tile of queries; their weight and delta; the tile's part of the gradients of the rows.
-template <class T, int D>
-__global__ void __launch_bounds__(threads) large_backward_q(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, 1) large_backward_q(const WindowAttention p) {
     constexpr int N = backward_rows;
     const LargeWork work(p);
     const Window& window = work.window;
@@ -165,9 +148,9 @@ __global__ void __launch_bounds__(threads) large_backward_q(const WindowAttentio
                keys = grad + tile_size<D>(block_rows);  // k and v, twice
     load_table(table, p, work.head, window.table_rows());
 
-    const auto copy_keys = [&](int tile) {
+    const auto copy_keys = [&](int tile, int place) {
         for (int part = 0; part < 2; ++part)
-            copy_tile<D>(keys + tile_size<D>((tile % 2 * 2 + part) * N), N, head_dim, head.qkv,
+            copy_tile<D>(keys + tile_size<D>((place * 2 + part) * N), N, head_dim, head.qkv,
                          LargeRows<const uint16_t>{window, head.qkv + (part + 1) * head.dim,
                                                    p.qkv_stride_token, tile * N});
     };
@@ -175,56 +158,65 @@ __global__ void __launch_bounds__(threads) large_backward_q(const WindowAttentio
                  LargeRows<const uint16_t>{window, head.qkv, p.qkv_stride_token, work.slot});
     copy_tile<D>(grad, block_rows, head_dim, head.qkv,
                  LargeRows<const uint16_t>{window, head.grad_out, p.grad_out_stride_token, work.slot});
-    copy_keys(0);
+    copy_keys(0, 0);
     commit_copies();
 
-    float dq[D / 8][4], row_lse[2], delta[2], total[2] = {0, 0};
+    float dq[D / 8][4], row_lse[2], delta[2] = {0, 0}, total[2] = {0, 0};
     zero(dq);
     const LargeRows<float> lse{window, p.lse + head.rows, 1, work.slot + own};
     for (int r = 0; r < 2; ++r) {
         const float* from = lse(row_slot(0, 2 * r));
-        row_lse[r] = from ? *from * log2_e : 0;
+        // A query that is no token has no weight anywhere, and adds nothing to any sum.
+        row_lse[r] = from ? *from * log2_e : INFINITY;
     }
-    const uint16_t* out = p.out + work.sample * tokens_of(p) * head.dim + work.head * head_dim;
     const int tiles = tiles_of(window, N);
-    for (int tile = 0; tile < tiles; ++tile) {
-        if (tile + 1 < tiles) copy_keys(tile + 1);
+    for (int step = 0; step < 2 * tiles; ++step) {
+        const int tile = step % tiles;
+        if (step + 1 < 2 * tiles) copy_keys((step + 1) % tiles, (step + 1) % 2);
         commit_copies();
         wait_for_copies<1>();
-        if (tile == 0 && p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
+        if (step == 0 && p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
         block_barrier();
-        const auto k = keys + tile_size<D>(tile % 2 * 2 * N), v = k + tile_size<D>(N);
-        const auto own_grad = grad + own * row_stride<D>;
-        if (tile == 0)
-            row_delta<T, D>(delta, own_grad,
-                            LargeRows<const uint16_t>{window, out, head.dim, work.slot + own},
-                            p.v_row ? p.v_row + head.row : nullptr, head_dim);
+        const auto k = keys + tile_size<D>(step % 2 * 2 * N), v = k + tile_size<D>(N);
         float s[N / 8][4], ds[N / 8][4];
         product<T, N, D>(s, q + own * row_stride<D>, k);
         add_bias<false>(s, static_cast<float>(p.scale), window, p.table, table, work.slot + own,
                         tile * N);
-        product<T, N, D>(ds, own_grad, v);
+        product<T, N, D>(ds, grad + own * row_stride<D>, v);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
-            for (int i = 0; i < 4; ++i) {
-                const float weight = exp2_fast(s[n][i] - row_lse[i / 2]);
-                total[i / 2] += weight;
-                ds[n][i] = weight * (ds[n][i] - delta[i / 2]);
-            }
-        accumulate<T, N, D>(dq, ds, k);
+            for (int i = 0; i < 4; ++i) s[n][i] = exp2_fast(s[n][i] - row_lse[i / 2]);
+        if (step < tiles) {
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n)
+                for (int i = 0; i < 4; ++i) {
+                    total[i / 2] += s[n][i];
+                    delta[i / 2] += s[n][i] * ds[n][i];
+                }
+            if (step == tiles - 1)
+                for (int r = 0; r < 2; ++r) {
+                    total[r] = row_sum(total[r]);
+                    if (row_lse[r] == INFINITY) total[r] = 1;
+                    delta[r] = row_sum(delta[r]) / total[r];
+                }
+        } else {
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n)
+                for (int i = 0; i < 4; ++i) ds[n][i] = s[n][i] * (ds[n][i] - delta[i / 2]);
+            accumulate<T, N, D>(dq, ds, k);
+        }
         block_barrier();  // the tile after the next takes the place of this one
     }
     wait_for_copies<0>();
 
     float weight[2];
-    for (int r = 0; r < 2; ++r) weight[r] = 1 / row_sum(total[r]);
+    for (int r = 0; r < 2; ++r) weight[r] = 1 / total[r];
     for (int r = 0; r < 2; ++r) {
         const int row = row_slot(work.slot + own, 2 * r);
         if (row < window.slots && lane() % 4 == 0) {
             p.weight[head.rows + window.token(row)] = weight[r];
             p.delta[head.rows + window.token(row)] = delta[r];
         }
-        // A query that is no token has no gradient, so adds nothing to the sums.
         weight[r] *= static_cast<float>(p.scale);
     }
     scale_rows(dq, weight);
@@ -254,7 +246,7 @@ DEVICE void load_columns(float (&x)[N / 8][2], const LargeRows<const float>& fro
 
 // dK and dV of a tile of keys, with the logits transposed: (keys, queries).
 template <class T, int D>
-__global__ void __launch_bounds__(threads) large_backward_kv(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, 1) large_backward_kv(const WindowAttention p) {
     constexpr int N = backward_rows;
     const LargeWork work(p);
     const Window& window = work.window;
@@ -336,7 +328,7 @@ constexpr int large_backward_table_shared(int table_rows) {
 // tile and one tile of keys after another, summed over the windows in registers, then onto the table.
 // Windows are counted over all samples.
 template <class T, int D>
-__global__ void __launch_bounds__(threads) large_backward_table(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, 1) large_backward_table(const WindowAttention p) {
     constexpr int N = backward_rows;
     const Window shape(p, 0);
     const int q_tiles = tiles_of(shape, block_rows), table_rows = shape.table_rows();
@@ -381,7 +373,7 @@ __global__ void __launch_bounds__(threads) large_backward_table(const WindowAtte
                 const int slot = row_slot(query + own, 2 * r);
                 const bool live = slot < window.slots;
                 const int64_t at = head.rows + (live ? window.token(slot) : 0);
-                of_row[0][r] = live ? p.lse[at] * log2_e : 0;
+                of_row[0][r] = live ? p.lse[at] * log2_e : INFINITY;
                 of_row[1][r] = live ? p.weight[at] : 0;
                 of_row[2][r] = live ? p.delta[at] : 0;
             }

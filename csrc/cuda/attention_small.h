@@ -52,7 +52,7 @@ constexpr int small_forward_shared(int table_rows) {
 }
 
 template <class T, int D, int N>
-__global__ void __launch_bounds__(threads) small_forward(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttention p) {
     const SmallWork<N> work(p);
     const Window window(p, 0);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
@@ -106,7 +106,7 @@ constexpr int small_backward_shared(int table_rows) {
 }
 
 template <class T, int D, int N>
-__global__ void __launch_bounds__(threads) small_backward(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttention p) {
     const SmallWork<N> work(p);
     const Window window(p, 0);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();

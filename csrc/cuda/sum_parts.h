@@ -7,7 +7,7 @@ namespace diffit::cuda {
 
 // out (B, C) from part (B, parts, C), C innermost.
 template <class T>
-__global__ void __launch_bounds__(threads) sum_rows(const float* part, int64_t parts, int64_t dim,
+__global__ void __launch_bounds__(threads, 1) sum_rows(const float* part, int64_t parts, int64_t dim,
                                                     int64_t size, uint16_t* out) {
     const int64_t i = block_index() * threads + thread_index();
     if (i >= size) return;
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(threads) sum_rows(const float* part, int64_t p
 }
 
 // out (rows, heads) from part (heads, parts, rows).
-inline __global__ void __launch_bounds__(threads) sum_table(const float* part, int64_t parts,
+inline __global__ void __launch_bounds__(threads, 1) sum_table(const float* part, int64_t parts,
                                                             int64_t rows, int64_t heads, float* out) {
     const int64_t i = block_index() * threads + thread_index();
     if (i >= rows * heads) return;

@@ -86,6 +86,7 @@ DEVICE void load_table(Shared<float> to, const WindowAttention& p, int64_t head,
 // Calls each(row, column) for the 16-byte units of a tile that are this thread's.
 template <int D, class Each>
 DEVICE void for_own_units(int rows, const Each& each) {
+#pragma unroll 2
     for (int unit = thread_index(); unit < rows * (D / 8); unit += threads)
         each(unit / (D / 8), unit % (D / 8) * 8);
 }
@@ -215,7 +216,7 @@ DEVICE void zero(float (&c)[N][4]) {
 template <class T, int N, int D>
 DEVICE void product(float (&c)[N / 8][4], Shared<uint16_t> a, Shared<uint16_t> b) {
     zero(c);
-#pragma unroll
+#pragma unroll 1  // unrolled, loads ahead of their use take too many registers
     for (int k = 0; k < D; k += 16) {
         uint32_t x[4], y[4];
         load_a<D>(x, a + k);
@@ -255,7 +256,7 @@ DEVICE void accumulate(float (&c)[D / 8][4], const float (&a)[K / 8][4], Shared<
 template <class T, int K, int W, int D>
 DEVICE void product_transposed(float (&c)[D / 8][4], Shared<uint16_t> a, Shared<uint16_t> b) {
     zero(c);
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < K; k += 16) {
         uint32_t x[4];
         load_a_transposed<W>(x, a + k * row_stride<W>);
@@ -288,6 +289,8 @@ template <bool RowsAreKeys, int N>
 DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool biased,
                      Shared<float> table, int first_row, int first_column) {
     const int last = window.slots - 1;
+    // In a loop over windows the offsets are always the same, and too many to keep in registers.
+    first_column = opaque(first_column);
     int row_position[2];
     for (int r = 0; r < 2; ++r) {
         const int slot = row_slot(first_row, 2 * r);

@@ -135,6 +135,12 @@ struct Float16 {
 
 #undef DIFFIT_MMA
 
+// x, of which the compiler knows nothing: it cannot compute ahead of a loop what depends on it.
+DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

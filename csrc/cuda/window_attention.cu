@@ -9,7 +9,10 @@
 
 namespace diffit::cuda {
 
+// Head widths that kernels.cu is compiled for; a test that needs but one may say so.
+#ifndef DIFFIT_FOR_EACH_WIDTH
 #define DIFFIT_FOR_EACH_WIDTH(X) X(16) X(32) X(48) X(64) X(80) X(96) X(112) X(128)
+#endif
 
 #define DIFFIT_DECLARE(WIDTH) extern const Kernels bfloat16_##WIDTH, float16_##WIDTH;
 DIFFIT_FOR_EACH_WIDTH(DIFFIT_DECLARE)

@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -29,7 +30,9 @@ struct Copy {
 };
 
 struct Fibre {
-    ucontext_t context;
+    ucontext_t start;  // setjmp and longjmp switch after that: they make no system calls
+    jmp_buf at;
+    bool started = false;
     std::unique_ptr<char[]> stack{new char[stack_bytes]};
     enum { ready, at_warp, at_block, done } state = done;
     void* sanitizer_stack = nullptr;
@@ -76,7 +79,7 @@ uint32_t block_epoch = 0;
 int arrived_at_block = 0, threads_of_block = 0, running = nobody;
 int64_t running_block = 0;
 const std::function<void()>* running_body = nullptr;
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::string failure;
 Wavefronts counts[static_cast<int>(Kind::kinds)];
 
@@ -99,7 +102,7 @@ void leave(bool for_good = false) {
                                    scheduler_stack_bytes);
 #endif
     (void)for_good;
-    swapcontext(&self.context, &scheduler);
+    if (_setjmp(self.at) == 0) _longjmp(scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(self.sanitizer_stack, &scheduler_stack, &scheduler_stack_bytes);
 #endif
@@ -111,7 +114,12 @@ void enter(int thread) {
     void* own = nullptr;
     __sanitizer_start_switch_fiber(&own, fibres[thread].stack.get(), stack_bytes);
 #endif
-    swapcontext(&scheduler, &fibres[thread].context);
+    Fibre& fibre = fibres[thread];
+    if (_setjmp(scheduler) == 0) {
+        if (fibre.started) _longjmp(fibre.at, 1);
+        fibre.started = true;
+        setcontext(&fibre.start);
+    }
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
 #endif
@@ -227,11 +235,12 @@ void run_block() {
     arrived_at_block = 0;
     for (int i = 0; i < threads_of_block; ++i) {
         Fibre& fibre = fibres[i];
-        getcontext(&fibre.context);
-        fibre.context.uc_stack.ss_sp = fibre.stack.get();
-        fibre.context.uc_stack.ss_size = stack_bytes;
-        fibre.context.uc_link = nullptr;
-        makecontext(&fibre.context, fibre_main, 0);
+        fibre.started = false;
+        getcontext(&fibre.start);
+        fibre.start.uc_stack.ss_sp = fibre.stack.get();
+        fibre.start.uc_stack.ss_size = stack_bytes;
+        fibre.start.uc_link = nullptr;
+        makecontext(&fibre.start, fibre_main, 0);
         fibre.state = Fibre::ready;
         fibre.groups.clear();
         fibre.accesses = 0;
