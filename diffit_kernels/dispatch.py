@@ -17,8 +17,8 @@ _BACKENDS: dict[str, ModuleType | str] = {
     "triton": triton,
     "cuda": cuda,
 }
-# What "auto" tries, in this order, for a tensor on each type of device; "cuda" only where it has been
-# measured to be faster.
+# What "auto" tries, in this order, for a tensor on each type of device; "cuda" only where it has
+# been measured to be faster.
 _AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _AUTO_ELSEWHERE = ("reference",)
 

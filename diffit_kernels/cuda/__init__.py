@@ -23,8 +23,8 @@ _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 _MAX_WINDOW_TOKENS = 1024
 
-# Blocks that keep any GPU busy, where work may be cut at will. The same on every device, so that the
-# sums are.
+# Blocks that keep any GPU busy, where work may be cut at will. The same on every device, so that
+# the sums are.
 _BLOCKS = 1024
 
 # The emulator of the tests takes the place of the library, and of the device.
@@ -116,8 +116,8 @@ def window_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
-    qkv, grad_out, out = _aligned(qkv), _aligned(grad_out), _packed(out)
-    q_row, v_row, lse = _packed(q_row), _packed(v_row), lse.contiguous()
+    qkv, grad_out, lse = _aligned(qkv), _aligned(grad_out), lse.contiguous()
+    q_row, v_row = _packed(q_row), _packed(v_row)
     table = _by_heads(rel_pos_table)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     grad_table, grad_q_row, grad_v_row = (

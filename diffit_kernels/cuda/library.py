@@ -7,8 +7,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import ClassVar
 
-# The library stands beside this package and is named like an extension module, but is none: it needs
-# neither Python nor torch.
+# The library stands beside this package and is named like an extension module, but is none: it
+# needs neither Python nor torch.
 _FOLDER = Path(__file__).parents[1]
 
 

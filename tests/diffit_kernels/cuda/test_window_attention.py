@@ -18,8 +18,8 @@ DEVICE = "cpu" if cuda.unavailable() else "cuda"
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (8, 32, 40, 64, 72, 128)
 
-# Window, windows of the grid, heads, batch. 5 x 20 and the like: tiles of 64 and of 32 that a window
-# does not fill; 16 tokens fit four windows to a block, and a sample has no multiple of that.
+# Window, windows of the grid, heads, batch. Four windows of up to 16 tokens go to a block, and a
+# sample has no multiple of that.
 SHAPES = [
     ((1, 1), (3, 3), 2, 3),
     ((3, 5), (3, 2), 2, 1),
@@ -41,6 +41,7 @@ CASES = [
     for window, windows, heads, batch in SHAPES
     for width in WIDTHS
 ]
+# Tiles of 64 and of 32 that a window does not fill.
 ODD = [
     AttentionCase(window, width, windows=windows, heads=heads, batch=batch, device=DEVICE)
     for window, width, windows, heads, batch in [
