@@ -2,7 +2,7 @@
 // DIFFIT_WIDTH is 16 .. 128, DIFFIT_TYPE BFloat16 or Float16, DIFFIT_KERNELS the name of the result.
 #include "kernels.h"
 
-#include "attention_large.h"
+#include "attention_large_backward.h"
 #include "attention_small.h"
 
 namespace diffit::cuda {

@@ -10,8 +10,8 @@
 
 #include <cmath>
 
-#include "problem.h"
 #include "warp.h"
+#include "windows.h"
 
 namespace diffit::cuda {
 
@@ -32,47 +32,6 @@ DEVICE int warp() { return thread_index() / 32; }
 // Slot of the column [n][i] or of the row [i] of an accumulator that starts at slot `first`.
 DEVICE int column_slot(int first, int n, int i) { return first + 8 * n + lane() % 4 * 2 + i % 2; }
 DEVICE int row_slot(int first, int i) { return first + lane() / 4 + i / 2 * 8; }
-
-// --- windows
-
-// Slots of a window, and the tokens they are.
-struct Window {
-    int height, width, slots;  // of the window
-    int grid_width;
-    int64_t first;  // token of the sample in slot 0
-    uint32_t inverse;
-
-    DEVICE Window(const WindowAttention& p, int64_t window)
-        : height(static_cast<int>(p.window_height)),
-          width(static_cast<int>(p.window_width)),
-          slots(height * width),
-          grid_width(static_cast<int>(p.grid_width)),
-          inverse((1u << 21) / width + 1) {
-        const int64_t across = grid_width / width;
-        first = window / across * height * grid_width + window % across * width;
-    }
-
-    // slot / width, exact for slots below 2048 and widths up to 1024.
-    DEVICE int row(int slot) const { return static_cast<int>(slot * inverse >> 21); }
-    DEVICE int64_t token(int slot) const {
-        const int y = row(slot);
-        return first + static_cast<int64_t>(y) * grid_width + (slot - y * width);
-    }
-    // Numbers such that slots i and j meet in row position(i) - position(j) + center() of the table.
-    DEVICE int position(int slot) const { return slot + row(slot) * (width - 1); }
-    DEVICE int last_position() const { return position(slots - 1); }
-    DEVICE int center() const { return last_position(); }
-    DEVICE int table_rows() const { return (2 * height - 1) * (2 * width - 1); }
-};
-
-// Floats that the table takes, in whole units of 16 bytes.
-BOTH constexpr int table_size(int table_rows) { return (table_rows + 3) / 4 * 4; }
-
-BOTH int64_t windows_of(const WindowAttention& p) {
-    return p.grid_height / p.window_height * (p.grid_width / p.window_width);
-}
-BOTH int64_t tokens_of(const WindowAttention& p) { return p.grid_height * p.grid_width; }
-BOTH int64_t dim_of(const WindowAttention& p) { return p.heads * p.head_dim; }
 
 // The table of a head, for logits in base 2.
 DEVICE void load_table(Shared<float> to, const WindowAttention& p, int64_t head, int rows) {

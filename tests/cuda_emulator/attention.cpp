@@ -1,11 +1,14 @@
 // Runs the kernels forward and backward on zeros, for AddressSanitizer and the emulator to watch: every
-// buffer of memory is exactly as large as the problem says.
+// buffer of memory is exactly as large as the problem says. Prints how often each kind of access to
+// shared memory had to wait for a bank.
 //
 //   attention window_height window_width grid_height grid_width batch heads head_dim
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
+#include "emulator.h"
 #include "problem.h"
 
 using diffit::cuda::WindowAttention;
@@ -54,9 +57,20 @@ int main(int argc, char** argv) {
     p.grad_v_row = grad_v_row.data();
     std::vector<float> workspace(diffit_workspace_size(&p));
     p.workspace = workspace.data();
-    for (const auto run : {diffit_window_attention, diffit_window_attention_backward})
+    using Run = const char* (*)(const WindowAttention*, void*);
+    const std::pair<const char*, Run> runs[] = {{"forward", diffit_window_attention},
+                                                {"backward", diffit_window_attention_backward}};
+    for (const auto& [name, run] : runs) {
         if (const char* error = run(&p, nullptr)) {
             std::fprintf(stderr, "%s\n", error);
             return 1;
         }
+        int kind = 0;
+        for (const char* access : {"ldmatrix", "load", "store", "copy"}) {
+            auto& count = emulator::wavefronts(static_cast<emulator::Kind>(kind++));
+            std::printf("%s %s %lld %lld\n", name, access, static_cast<long long>(count.needed),
+                        static_cast<long long>(count.made));
+            count = {};
+        }
+    }
 }

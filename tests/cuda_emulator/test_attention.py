@@ -51,6 +51,11 @@ def run(program: Path, shape: tuple[int, ...]) -> subprocess.CompletedProcess[st
 def test_nothing_is_touched_that_is_not_there(attention: Path, shape: tuple[int, ...]) -> None:
     done = run(attention, shape)
     assert done.returncode == 0, done.stderr
+    counts = [line.split() for line in done.stdout.splitlines()]
+    assert len(counts) == 8
+    for _, access, needed, made in counts:
+        if access == "ldmatrix":
+            assert 0 < int(needed) == int(made), "the rows of a tile are in different banks"
 
 
 # A file, what is replaced in it, by what, and what is then found.
