@@ -127,7 +127,6 @@ __global__ void __launch_bounds__(threads, 1) large_forward(const WindowAttentio
         accumulate<T, N, D>(o, s, v);
         block_barrier();  // the tile after the next takes the place of this one
     }
-    wait_for_copies<0>();
 
     const float inverse[2] = {1 / total[0], 1 / total[1]};
     scale_rows(o, inverse);

@@ -85,7 +85,6 @@ __global__ void __launch_bounds__(threads, 1) large_backward_q(const WindowAtten
         }
         block_barrier();  // the tile after the next takes the place of this one
     }
-    wait_for_copies<0>();
 
     float weight[2];
     for (int r = 0; r < 2; ++r) {
@@ -174,7 +173,6 @@ __global__ void __launch_bounds__(threads, 1) large_backward_kv(const WindowAtte
         accumulate<T, N, D>(dk, ds, q);
         block_barrier();  // the tile after the next takes the place of this one
     }
-    wait_for_copies<0>();
 
     const float scale[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
     scale_rows(dk, scale);
@@ -256,7 +254,6 @@ __global__ void __launch_bounds__(threads, 1) large_backward_table(const WindowA
             if (r >= least)
                 store(sums + r,
                       load(sums + r) + fold<N>(floats, block_rows, shape, query, key, r));
-        block_barrier();
     }
     float* part = p.table_part + (head_index * p.splits * q_tiles + block_index() % (p.splits * q_tiles)) *
                                      table_rows;

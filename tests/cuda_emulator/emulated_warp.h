@@ -93,14 +93,16 @@ void emulated_ldmatrix(uint32_t (&x)[4], Shared<uint16_t> row) {
         emulator::count_rows(emulator::Kind::ldmatrix, rows, emulator::lanes);
         const int first_thread = emulator::thread() / emulator::lanes * emulator::lanes;
         for (int lane = 0; lane < emulator::lanes; ++lane) {
+            // The manual does not say which thread reads: both that of the row and that of the result.
+            if (reinterpret_cast<uintptr_t>(rows[lane]) % 16)
+                throw std::runtime_error("ldmatrix: a row is not aligned to 16 bytes");
+            emulator::check(emulator::Access::read, rows[lane], 16, first_thread + lane);
             for (int matrix = 0; matrix < 4; ++matrix) {
                 uint16_t pair[2];
                 for (int i = 0; i < 2; ++i) {
                     int r = lane / 4, c = 2 * (lane % 4) + i;
                     if (Transposed) std::swap(r, c);
                     const auto* from = static_cast<const uint16_t*>(rows[8 * matrix + r]);
-                    if (reinterpret_cast<uintptr_t>(from) % 16)
-                        throw std::runtime_error("ldmatrix: a row is not aligned to 16 bytes");
                     emulator::check(emulator::Access::read, from + c, 2, first_thread + lane);
                     pair[i] = from[c];
                 }
