@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from diffit_kernels import native, reference, triton
+from diffit_kernels import cuda, native, reference, triton
 from diffit_kernels.problem import Problem
 
 # A backend is a module with the functions of `reference`, or the reason why there is none.
@@ -15,10 +15,11 @@ _BACKENDS: dict[str, ModuleType | str] = {
     "reference": reference,
     "cpu": native,
     "triton": triton,
-    "cuda": "this version has no CUDA C++ kernels",
+    "cuda": cuda,
 }
-# What "auto" tries, in this order, for a tensor on each type of device.
-_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+# What "auto" tries, in this order, for a tensor on each type of device; "cuda" only where it has
+# been measured to be faster.
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _AUTO_ELSEWHERE = ("reference",)
 
 
@@ -82,7 +83,11 @@ def select(problem: Problem) -> ModuleType:
             raise RuntimeError(f"backend {choice!r} cannot run this call: {reason}")
     else:
         names = _AUTO.get(problem.device_type, _AUTO_ELSEWHERE)
-        choice = next(name for name in names if _reason(name, problem) is None)
+        choice = next(
+            name
+            for name in names
+            if _reason(name, problem) is None and (name != "cuda" or cuda.is_faster(problem))
+        )
     backend = _BACKENDS[choice]
     assert isinstance(backend, ModuleType)
     return backend

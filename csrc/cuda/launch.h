@@ -1,0 +1,53 @@
+// Starts a kernel on a stream. Compiled by a C++ compiler, on the emulator.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "emulator.h"
+#endif
+
+namespace diffit::cuda {
+
+// Throws std::runtime_error with the configuration of the launch. Asks for no memory and waits for
+// nothing, so a CUDA graph can capture it.
+template <class... Arguments>
+void launch(const char* name, void (*kernel)(Arguments...), int64_t blocks, int block_threads,
+            size_t shared_bytes, void* stream, Arguments... arguments) {
+    const auto configuration = [&] {
+        return std::string(name) + " with " + std::to_string(blocks) + " blocks of " +
+               std::to_string(block_threads) + " threads and " + std::to_string(shared_bytes) +
+               " bytes of shared memory";
+    };
+    if (blocks > 0x7fffffff) throw std::runtime_error(configuration() + ": too many blocks");
+#if defined(__CUDACC__)
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > 48 * 1024)  // more than that is given on request only
+        error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared_bytes));
+    if (error == cudaSuccess) {
+        void* pointers[] = {&arguments...};
+        error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                                 dim3(static_cast<unsigned>(blocks)), dim3(block_threads), pointers,
+                                 shared_bytes, static_cast<cudaStream_t>(stream));
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // is not to be found by a later call
+        throw std::runtime_error(configuration() + ": " + cudaGetErrorString(error));
+    }
+#else
+    (void)stream;
+    try {
+        emulator::run(blocks, block_threads, shared_bytes, [&] { kernel(arguments...); });
+    } catch (const std::runtime_error& error) {
+        throw std::runtime_error(configuration() + ": " + error.what());
+    }
+#endif
+}
+
+}  // namespace diffit::cuda

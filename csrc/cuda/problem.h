@@ -1,0 +1,41 @@
+// What the CUDA kernels are asked to do: plain data, passed from diffit_kernels.cuda (which names
+// the same fields in the same order) to the launchers, and by value to the kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace diffit::cuda {
+
+// Windowed attention with a relative position bias; see diffit_kernels/reference. Strides are in
+// elements and, like all rows of bfloat16 or float16, multiples of 16 bytes.
+struct WindowAttention {
+    int64_t batch, grid_height, grid_width, window_height, window_width, heads, head_dim;
+    int64_t dtype;  // 1: bfloat16, 2: float16
+    int64_t blocks;  // enough to keep a device busy, where work may be cut at will
+    double scale;
+
+    const uint16_t* qkv;  // (B, L, 3C), last stride 1
+    int64_t qkv_stride_batch, qkv_stride_token;
+    const float* table;     // (heads, (2 wh - 1)(2 ww - 1)) or null
+    const uint16_t* q_row;  // (B, C) or null
+    const uint16_t* v_row;  // (B, C) or null
+
+    uint16_t* out;  // (B, L, C)
+    float* lse;     // (B, heads, L)
+
+    const uint16_t* grad_out;  // (B, L, C), last stride 1
+    int64_t grad_out_stride_batch, grad_out_stride_token;
+    uint16_t* grad_qkv;    // (B, L, 3C)
+    float* grad_table;     // ((2 wh - 1)(2 ww - 1), heads) or null
+    uint16_t* grad_q_row;  // (B, C) or null
+    uint16_t* grad_v_row;  // (B, C) or null
+    float* workspace;      // workspace_size() numbers
+
+    // Filled in by the launchers.
+    int64_t splits, steps;       // parts of a sample, and what each of them does one after another
+    float *weight, *delta;       // (B, heads, L): 1 / sum of a row, and rowsum(P dP)
+    float* table_part;           // (heads, parts, table rows) or null
+    float *q_part, *v_part;      // (B, parts, C) or null
+};
+
+}  // namespace diffit::cuda

@@ -1,0 +1,47 @@
+// Windows of a grid: the tokens in them, and where two of them meet in the table.
+#pragma once
+
+#include "problem.h"
+#include "warp.h"
+
+namespace diffit::cuda {
+
+// Slots of a window, and the tokens they are.
+struct Window {
+    int height, width, slots;  // of the window
+    int grid_width;
+    int64_t first;  // token of the sample in slot 0
+    uint32_t inverse;
+
+    DEVICE Window(const WindowAttention& p, int64_t window)
+        : height(static_cast<int>(p.window_height)),
+          width(static_cast<int>(p.window_width)),
+          slots(height * width),
+          grid_width(static_cast<int>(p.grid_width)),
+          inverse((1u << 21) / width + 1) {
+        const int64_t across = grid_width / width;
+        first = window / across * height * grid_width + window % across * width;
+    }
+
+    // slot / width, exact for slots below 2048 and widths up to 1024.
+    DEVICE int row(int slot) const { return static_cast<int>(slot * inverse >> 21); }
+    DEVICE int64_t token(int slot) const {
+        const int y = row(slot);
+        return first + static_cast<int64_t>(y) * grid_width + (slot - y * width);
+    }
+    // Numbers such that slots i and j meet in row position(i) - position(j) + center() of the table.
+    DEVICE int position(int slot) const { return slot + row(slot) * (width - 1); }
+    DEVICE int center() const { return position(slots - 1); }
+    DEVICE int table_rows() const { return (2 * height - 1) * (2 * width - 1); }
+};
+
+// Floats that the table takes, in whole units of 16 bytes.
+BOTH constexpr int table_size(int table_rows) { return (table_rows + 3) / 4 * 4; }
+
+BOTH int64_t windows_of(const WindowAttention& p) {
+    return p.grid_height / p.window_height * (p.grid_width / p.window_width);
+}
+BOTH int64_t tokens_of(const WindowAttention& p) { return p.grid_height * p.grid_width; }
+BOTH int64_t dim_of(const WindowAttention& p) { return p.heads * p.head_dim; }
+
+}  // namespace diffit::cuda

@@ -1,0 +1,192 @@
+"""The CUDA C++ kernels of ``csrc/cuda``, as a backend.
+
+They are kernels of windowed attention in bfloat16 and float16. The other operators are Triton's, so
+that a whole network runs under ``use_backend("cuda")``.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffit_kernels import triton
+from diffit_kernels.cuda.library import Library, Problem, load
+from diffit_kernels.problem import Problem as AnyProblem
+from diffit_kernels.problem import WindowAttentionProblem
+
+_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+
+_MAX_WINDOW_TOKENS = 1024
+
+# Blocks that keep any GPU busy, where work may be cut at will. The same on every device, so that
+# the sums are.
+_BLOCKS = 1024
+
+# The emulator of the tests takes the place of the library, and of the device.
+_library: Library | str = load()
+_device_type = "cuda"
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the kernels cannot run in this process, or None."""
+    if isinstance(_library, str):
+        return _library
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, or no driver for it"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the device has compute capability {capability}, the kernels need (8, 0)"
+    return None
+
+
+def supports(problem: AnyProblem) -> str | None:
+    """Why the kernels cannot run this problem, or None."""
+    if not isinstance(problem, WindowAttentionProblem):
+        return triton.unavailable() or triton.supports(problem)
+    if problem.device_type != _device_type:
+        return f"the tensors are on {problem.device_type}"
+    if problem.dtype not in _DTYPES:
+        return f"{problem.dtype} is not one of bfloat16, float16"
+    if problem.head_dim % 8 or not 8 <= problem.head_dim <= 128:
+        return f"head width {problem.head_dim} is not a multiple of 8 from 8 to 128"
+    if problem.window_tokens > _MAX_WINDOW_TOKENS:
+        return f"window {problem.window_size} has more than {_MAX_WINDOW_TOKENS} tokens"
+    return None
+
+
+def is_faster(problem: AnyProblem) -> bool:
+    """Whether these kernels have been measured to be faster than Triton's, for "auto".
+
+    ``faster.json`` lists, by a part of a device's name, (window tokens, head width) of such layers.
+    """
+    if not isinstance(problem, WindowAttentionProblem) or unavailable():
+        return False
+    return [problem.window_tokens, problem.head_dim] in _measured_faster()
+
+
+@cache
+def _measured_faster() -> list[list[int]]:
+    table = json.loads((Path(__file__).parent / "faster.json").read_text())
+    device = torch.cuda.get_device_name().lower()
+    return next((shapes for name, shapes in table.items() if name in device), [])
+
+
+def __getattr__(name: str) -> Any:
+    """The other operators, from Triton."""
+    return getattr(triton, name)
+
+
+def window_attention(
+    problem: WindowAttentionProblem,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    qkv, q_row, v_row = _aligned(qkv), _packed(q_row), _packed(v_row)
+    table = _by_heads(rel_pos_table)
+    out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
+    lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=torch.float32)
+    library = _loaded()
+    with torch.cuda.device_of(qkv):
+        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, out, lse)
+        library.window_attention(arguments, _stream(qkv))
+    return out, lse
+
+
+def window_attention_backward(
+    problem: WindowAttentionProblem,
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As the reference."""
+    qkv, grad_out, lse = _aligned(qkv), _aligned(grad_out), lse.contiguous()
+    q_row, v_row = _packed(q_row), _packed(v_row)
+    table = _by_heads(rel_pos_table)
+    grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
+    grad_table, grad_q_row, grad_v_row = (
+        None if x is None else x.new_empty(x.shape) for x in (rel_pos_table, q_row, v_row)
+    )
+    library = _loaded()
+    with torch.cuda.device_of(qkv):
+        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, out, lse)
+        arguments.grad_out = grad_out.data_ptr()
+        arguments.grad_out_stride_batch, arguments.grad_out_stride_token, _ = grad_out.stride()
+        arguments.grad_qkv = grad_qkv.data_ptr()
+        arguments.grad_table = _pointer(grad_table)
+        arguments.grad_q_row = _pointer(grad_q_row)
+        arguments.grad_v_row = _pointer(grad_v_row)
+        workspace = lse.new_empty(library.workspace_size(arguments))
+        arguments.workspace = workspace.data_ptr()
+        library.window_attention_backward(arguments, _stream(qkv))
+    return grad_qkv, grad_table, grad_q_row, grad_v_row
+
+
+def _loaded() -> Library:
+    assert isinstance(_library, Library)  # the table of backends asked `unavailable`
+    return _library
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _arguments(
+    problem: WindowAttentionProblem,
+    scale: float,
+    qkv: Tensor,
+    table: Tensor | None,
+    q_row: Tensor | None,
+    v_row: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> Problem:
+    return Problem(
+        *(problem.batch, *problem.grid_size, *problem.window_size),
+        *(problem.num_heads, problem.head_dim, _DTYPES[problem.dtype], _BLOCKS, scale),
+        *(qkv.data_ptr(), qkv.stride(0), qkv.stride(1)),
+        *(_pointer(table), _pointer(q_row), _pointer(v_row), out.data_ptr(), lse.data_ptr()),
+    )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """(B, L, C) whose rows are whole units of 16 bytes: as it is, or a copy."""
+    unit = 16 // x.itemsize
+    strides_fit = all(
+        stride % unit == 0
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        if size > 1
+    )
+    if x.stride(-1) == 1 and strides_fit and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    """Contiguous, from a multiple of 16 bytes on."""
+    return None if x is None else _aligned(x.contiguous())
+
+
+def _by_heads(table: Tensor | None) -> Tensor | None:
+    """(heads, rows)."""
+    return None if table is None else table.t().contiguous()

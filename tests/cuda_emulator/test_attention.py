@@ -1,0 +1,132 @@
+"""The kernels in memory without a byte to spare, and with mistakes planted in them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_emulator import build
+
+if build.compiler() is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+# One head width is enough: what is padded, and what is not.
+WIDTH = 16
+FLAGS = (*build.SANITIZED, f"-DDIFFIT_FOR_EACH_WIDTH(X)=X({WIDTH})")
+# Window, grid, batch, heads, head width.
+SHAPES = [
+    (1, 1, 3, 2, 2, 3, 8),
+    (3, 5, 9, 10, 2, 2, 16),
+    (4, 4, 8, 12, 1, 2, 8),
+    (7, 7, 7, 14, 1, 1, 16),
+    (8, 8, 8, 16, 2, 1, 8),
+    (5, 20, 5, 40, 1, 1, 16),
+    (2, 67, 2, 67, 3, 1, 8),
+    (12, 14, 12, 14, 1, 2, 8),
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Objects; that of the kernels in bfloat16 is the first."""
+    folder = tmp_path_factory.mktemp("attention")
+    return [*build.objects(folder, FLAGS, widths=[WIDTH]), *build.launcher(folder, FLAGS)]
+
+
+@pytest.fixture(scope="module")
+def attention(parts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("attention") / "attention"
+    return build.link(target, [build.EMULATOR / "attention.cpp", *parts], FLAGS)
+
+
+def run(program: Path, shape: tuple[int, ...]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *map(str, shape)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_is_touched_that_is_not_there(attention: Path, shape: tuple[int, ...]) -> None:
+    done = run(attention, shape)
+    assert done.returncode == 0, done.stderr
+    counts = [line.split() for line in done.stdout.splitlines()]
+    assert len(counts) == 8
+    for _, access, needed, made in counts:
+        if access == "ldmatrix":
+            assert 0 < int(needed) == int(made), "the rows of a tile are in different banks"
+
+
+# A file, what is replaced in it, by what, and what is then found.
+PLANTED = {
+    "no barrier after the copies": (
+        "attention_small.h",
+        r"(add_row<T, D>.*?)block_barrier\(\);",
+        r"\1",
+        "nobody wrote|race|waited",
+    ),
+    "no barrier before the next window": (
+        "attention_small.h",
+        r"(store_lse\(.*?)block_barrier\(\);",
+        r"\1",
+        "race",
+    ),
+    "no barrier before a tile is replaced": (
+        "attention_large.h",
+        r"block_barrier\(\);  // the tile after the next takes the place of this one",
+        "",
+        "race",
+    ),
+    "no barrier between the lanes of a warp": (
+        "tiles.h",
+        r"warp_barrier\(\);",
+        "",
+        "race",
+    ),
+    "no wait for the copies": (
+        "attention_large.h",
+        r"wait_for_copies<1>\(\);",
+        "",
+        "not waited for|under way",
+    ),
+    "one copy under way too many": (
+        "attention_large.h",
+        r"wait_for_copies<1>\(\);",
+        "wait_for_copies<2>();",
+        "not waited for|under way",
+    ),
+    "a token too many is read": (
+        "attention_large.h",
+        r"slot < window.slots \? base",
+        "slot <= window.slots ? base",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a wrong row of the table": (
+        "tiles.h",
+        r"\(window.center\(\) \+ \(RowsAreKeys",
+        "(1 + window.center() + (RowsAreKeys",
+        "out of bounds|nobody wrote",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_is_found(name: str, parts: list[Path], tmp_path: Path) -> None:
+    file, pattern, replacement, found = PLANTED[name]
+    kernels = tmp_path / "kernels"
+    shutil.copytree(build.KERNELS, kernels)
+    text = (kernels / file).read_text()
+    changed = re.sub(pattern, replacement, text, count=1, flags=re.DOTALL)
+    assert changed != text
+    (kernels / file).write_text(changed)
+    wrong = build.objects(tmp_path, FLAGS, kernels=kernels, widths=[WIDTH], types=["BFloat16"])
+    program = build.link(
+        tmp_path / "attention", [build.EMULATOR / "attention.cpp", *wrong, *parts[1:]], FLAGS
+    )
+    shape = (3, 5, 9, 10, 2, 2, 16) if "small" in file else (12, 14, 12, 14, 1, 1, 16)
+    done = run(program, shape)
+    assert done.returncode != 0
+    assert re.search(found, done.stderr), done.stderr
+    if "Sanitizer" not in found:
+        assert re.search(r"with \d+ blocks of 128 threads and \d+ bytes of shared", done.stderr)

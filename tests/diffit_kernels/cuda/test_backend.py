@@ -1,0 +1,178 @@
+"""When the CUDA C++ kernels run, what they say when they do not, and that the library is sound."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffit_kernels as dk
+from diffit.nn import DiffiTBlock
+from diffit_kernels import cuda, dispatch, reference, triton
+from diffit_kernels.problem import MLPProblem
+from tests.cases import AttentionCase
+from tests.diffit_kernels.cuda.emulated import emulated
+from tests.numeric_rule import assert_numeric_rule
+
+CUDA = replace(AttentionCase((3, 5), 24, dtype=torch.bfloat16).problem, device_type="cuda")
+MLP = MLPProblem(3, 8, 16, 8, torch.float32, "cuda")
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has a GPU, the library and Triton."""
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "_interpreted", False)
+    monkeypatch.setattr(cuda, "_measured_faster", list)
+
+
+def test_only_by_request(on_a_device: None) -> None:
+    with dk.use_backend("auto"):
+        assert dispatch.select(CUDA) is triton
+    with dk.use_backend("cuda"):
+        assert dispatch.select(CUDA) is cuda
+
+
+def test_auto_takes_what_was_measured_to_be_faster(
+    on_a_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_measured_faster", lambda: [[15, 24]])
+    with dk.use_backend("auto"):
+        assert dispatch.select(CUDA) is cuda
+        assert dispatch.select(replace(CUDA, head_dim=32)) is triton
+        assert dispatch.select(replace(CUDA, dtype=torch.float32)) is triton
+        assert dispatch.select(MLP) is triton
+
+
+def test_nothing_is_said_to_be_faster_that_is_no_shape() -> None:
+    table = json.loads((Path(cuda.__file__).parent / "faster.json").read_text())
+    for shapes in table.values():
+        assert all(len(shape) == 2 and all(isinstance(n, int) for n in shape) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (replace(CUDA, dtype=torch.float32), "float32"),
+        (replace(CUDA, head_dim=12), "head width 12"),
+        (replace(CUDA, head_dim=136), "head width 136"),
+        (replace(CUDA, window_size=(1, 1025), grid_size=(1, 1025)), "more than 1024 tokens"),
+        (replace(CUDA, device_type="cpu"), "on cpu"),
+        (replace(MLP, dtype=torch.float64), "float64"),
+    ],
+)
+def test_what_the_kernels_cannot_run(on_a_device: None, problem: object, reason: str) -> None:
+    with dk.use_backend("cuda"), pytest.raises(RuntimeError, match=f"'cuda'.*{reason}"):
+        dispatch.select(problem)
+
+
+def test_the_other_operators_are_those_of_triton(on_a_device: None) -> None:
+    pytest.importorskip("triton")
+    with dk.use_backend("cuda"):
+        assert dispatch.select(MLP).mlp is triton.mlp
+    with pytest.raises(AttributeError, match="no_such_operator"):
+        _ = cuda.no_such_operator
+
+
+def test_a_whole_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference in the place of Triton, which cannot run bfloat16 without a GPU."""
+    torch.manual_seed(0)
+    block = DiffiTBlock(32, 2, temb_dim=16, window_size=4).to(torch.bfloat16)
+    x, temb = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((2, 64, 32), (2, 16)))
+    grad = torch.randn_like(x)
+
+    def outputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        y = deepcopy(block).to(dtype)(leaf, temb.to(dtype))
+        return {"y": y.detach(), "grad_x": torch.autograd.grad(y, leaf, grad.to(dtype))[0]}
+
+    with dk.use_backend("reference"):
+        plain, truth = outputs(torch.bfloat16), outputs(torch.float64)
+    monkeypatch.setattr(cuda, "triton", reference)
+    with emulated():
+        assert_numeric_rule(outputs(torch.bfloat16), plain, truth)
+
+
+def test_a_failed_launch_says_what_was_launched() -> None:
+    """2^31 blocks are too many: the memory behind the addresses is never touched."""
+    with emulated():
+        library = cuda._loaded()
+        arguments = cuda.Problem(1, 1, 2**31, 1, 1, 2**31, 8, 1, 1, 1.0)
+        with pytest.raises(RuntimeError, match=r"small_forward with \d{10,} blocks of 128 threads"):
+            library.window_attention(arguments, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("torch.cuda.is_available = lambda: False", "no CUDA device|without CUDA|not built"),
+        ("torch.version.cuda = None", "without CUDA|not built"),
+    ],
+)
+def test_importing_never_fails(before: str, reason: str) -> None:
+    script = f"import torch; {before}; import diffit_kernels as dk; print(dk.available_backends())"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
+    )
+    assert re.search(f"'cuda': .*({reason})", done.stdout)
+
+
+# --- the library for GPUs that need not be there
+
+
+def library() -> Path:
+    """The library of this installation; without nvcc there is none."""
+    spec = find_spec("diffit_kernels._cuda")
+    if spec is None or spec.origin is None:
+        pytest.skip("the CUDA C++ kernels were not built")
+    return Path(spec.origin)
+
+
+def test_loads_without_a_driver() -> None:
+    """And needs nothing of CUDA, Python or torch that another machine may not have."""
+    needed = subprocess.run(["ldd", library()], capture_output=True, text=True, check=True).stdout
+    assert not re.search("cuda|torch|python", needed.replace(str(library()), ""))
+    assert not isinstance(cuda._library, str)
+
+
+def test_no_kernel_spills_a_register() -> None:
+    tool = _cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    text = subprocess.run(
+        [tool, "--dump-resource-usage", library()], capture_output=True, text=True, check=True
+    ).stdout
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    machines = set(re.findall(r"arch = (sm_\w+)", text))
+    kernels = 8 * 16 + 3  # for each width and dtype; sums
+    assert machines
+    assert len(usage) == kernels * len(machines)
+    print(f"\n{len(usage)} kernels for {sorted(machines)}")  # with pytest -s
+    for family in sorted({_family(name) for name, *_ in usage}):
+        registers = [int(reg) for name, reg, *_ in usage if _family(name) == family]
+        print(f"{family:30} {min(registers)} to {max(registers)} registers")
+    assert not [entry for entry in usage if int(entry[2]) or int(entry[4])]
+
+
+def _family(name: str) -> str:
+    return re.sub(r"^_ZN6diffit4cuda\d+([a-z_]+).*", r"\1", name)
+
+
+def _cuobjdump() -> Path | str | None:
+    """Of CUDA, or of Triton's package."""
+    found = shutil.which("cuobjdump")
+    if found or (spec := find_spec("triton")) is None or spec.origin is None:
+        return found
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return tool if os.access(tool, os.X_OK) else None
