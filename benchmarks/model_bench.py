@@ -35,7 +35,7 @@ from peers.networks import blocks
 from results import FAILED, OURS, SKIPPED, Contest, Row
 from shapes import CUDA_BATCHES
 from table import summary_line
-from tmsa_bench import DTYPES, RESULTS, Parser
+from tmsa_bench import DTYPES, RESULTS, Parser, default_dtypes
 
 NAME = "models"
 QUICK = ("diffit_emoji_32", "diffit_s_2_256")
@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="two small networks, within a minute")
     add("--presets", nargs="+", choices=MAIN, metavar="NAME", help=f"of {', '.join(MAIN)}")
     add("--passes", nargs="+", choices=PASSES, default=PASSES, help="default: all")
-    add("--dtypes", nargs="+", choices=DTYPES["cuda"][:2], help="default: both")
+    add("--dtypes", nargs="+", choices=DTYPES["cpu"], help="default: those the device has")
     add("--batch", type=int, help=f"default: 1 latent or {IMAGE_BATCH} pictures, on a GPU 8 x that")
     add("--sampling-steps", type=int, help=f"default: the preset's own, or {FEW_STEPS}")
     add("--minutes", type=float, help=f"leave out what would last longer (default: {MINUTES:g})")
@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     everything = not any(chosen) and set(args.passes) == {*PASSES}
     smallest = sorted(MAIN, key=lambda name: MAIN[name].gflops)
     args.presets = list(dict.fromkeys(args.presets or (QUICK if args.quick else smallest)))
-    args.dtypes = list(dict.fromkeys(args.dtypes or DTYPES["cuda"][:2]))
+    args.dtypes = list(dict.fromkeys(args.dtypes or default_dtypes(args.device)[:2]))
     args.passes = [name for name in PASSES if name in args.passes]
     if args.quick:
         args.batch = args.batch or 1

@@ -24,6 +24,7 @@ import table
 from contest import CompileBudget, Pace, hold
 from diffit_kernels import available_backends
 from diffit_kernels.dispatch import select
+from diffit_kernels.products import are_slow
 from harness import Progress
 from inputs import PICTURES
 from operations import DIRECTIONS, OPERATIONS, build
@@ -45,13 +46,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def default_dtypes(device: torch.device) -> list[str]:
+    """Those of which the device has products; without them a peer takes minutes for one call."""
+    known = DTYPES[device.type]
+    return [name for name in known if not are_slow(getattr(torch, name), device.type)]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run, checked."""
     parser = Parser(prog="tmsa_bench.py", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="three shapes, few rounds, no compiled peers")
     add("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=f"of {', '.join(SHAPES)}")
-    add("--dtypes", nargs="+", choices=DTYPES["cuda"], help="default: all; float16 on a GPU only")
+    add("--dtypes", nargs="+", choices=DTYPES["cuda"], help="default: those the device has")
     add("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="default: all")
     add("--passes", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -85,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     everything = everything and (len(args.ops), len(args.passes)) == (2, 2)
     known = QUICK if args.quick and not args.shapes else SHAPES
     args.shapes = [known[name] for name in args.shapes or known]
-    args.dtypes = args.dtypes or DTYPES[args.device.type]
+    args.dtypes = args.dtypes or default_dtypes(args.device)
     try:
         # Where DIFFIT_BACKEND names no backend that runs here, this is where it is seen.
         backend = select(args.shapes[0].problem(torch.float32, args.device))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import tmsa_bench
+from diffit_kernels import products
 from results import OK, SKIPPED, read
 
 ONE = ["--quick", "--shapes", "cifar10-8", "--dtypes", "float32", "--ops", "attention"]
@@ -95,3 +97,13 @@ def test_run(
         assert statuses == expected
     assert "geometric mean" in out
     assert (tmp_path / "results.csv").exists()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_dtypes_without_products_are_left_out(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_NATIVE", {torch.bfloat16: native})
+    expected = ["float32", "bfloat16"] if native else ["float32"]
+    assert tmsa_bench.default_dtypes(torch.device("cpu")) == expected
+    assert tmsa_bench.parse(["--quick", "--dtypes", "bfloat16"]).dtypes == ["bfloat16"]
