@@ -195,7 +195,8 @@ def test_memory_holds_parameters_and_gradients_of_the_truth() -> None:
 
 
 def test_the_headline_comes_first_and_guided_steps_are_there() -> None:
-    args = model_bench.parse(["--out", "/tmp", "--passes", "training", "forward"])
+    dtypes = ["--dtypes", "float32", "bfloat16"]
+    args = model_bench.parse(["--out", "/tmp", "--passes", "training", "forward", *dtypes])
     found = [(name, dtype, task.operation) for name, dtype, task in tasks(args, FAST)]
     name = model_bench.HEADLINE
     assert found[:4] == [
