@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, *HALF, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class MLPProblem:
         fc1_bias: Tensor,
         fc2_weight: Tensor,
         fc2_bias: Tensor,
+        residual: Tensor | None = None,
     ) -> MLPProblem:
         """Check the arguments of ``mlp`` and return their problem.
 
@@ -162,6 +164,10 @@ class MLPProblem:
         for name, bias, size in (("fc1_bias", fc1_bias, hidden), ("fc2_bias", fc2_bias, out)):
             require_like(name, bias, x.dtype, x)
             require_shape(name, bias, (size,))
+        if residual is not None:
+            mixed = residual.dtype == torch.float32 and x.dtype in HALF
+            require_like("residual", residual, residual.dtype if mixed else x.dtype, x)
+            require_shape("residual", residual, (*shape(x)[:-1], out))
         return cls(rows, features, hidden, out, x.dtype, x.device.type)
 
 
@@ -193,7 +199,7 @@ class AddLayerNormProblem:
         """
         require_floating("x", x)
         rows, features = require_rows("x", x)
-        mixed = x.dtype == torch.float32 and y.dtype in (torch.bfloat16, torch.float16)
+        mixed = x.dtype == torch.float32 and y.dtype in HALF
         require_like("y", y, y.dtype if mixed else x.dtype, x)
         require_shape("y", y, shape(x))
         if not (math.isfinite(eps) and eps > 0):

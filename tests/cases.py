@@ -185,7 +185,8 @@ class MLPCase:
     """``mlp`` on random numbers, weights scaled by the square root of their columns.
 
     ``shape`` is that of x. With ``spread`` the first layer's bias runs evenly from -spread to it,
-    with ``strided`` weights and biases are views with gaps.
+    with ``strided`` weights and biases are views with gaps. ``residual`` is the dtype of one, its
+    numbers ``residual_size`` times those of the rest.
     """
 
     shape: tuple[int, ...]
@@ -193,6 +194,8 @@ class MLPCase:
     out: int
     dtype: torch.dtype = torch.float32
     spread: float | None = None
+    residual: torch.dtype | None = None
+    residual_size: float = 1.0
     strided: bool = False
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
@@ -204,7 +207,7 @@ class MLPCase:
         return _draws(rows * features, rows * self.out, self.hidden, self.out)
 
     def inputs(self, draw: int = 0) -> Tensors:
-        """x, fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
+        """x, fc1_weight, fc1_bias, fc2_weight, fc2_bias and, if there is one, the residual."""
         uniform, features = _uniform(draw), self.shape[-1]
         bias = uniform(self.hidden)
         if self.spread is not None:
@@ -220,10 +223,13 @@ class MLPCase:
         if self.strided:
             tensors = {name: with_gaps(tensor) for name, tensor in tensors.items()}
         tensors["x"] = LAYOUTS[self.layout](tensors["x"])
+        if self.residual is not None:
+            residual = uniform(*self.shape[:-1], self.out) * self.residual_size
+            tensors["residual"] = LAYOUTS[self.layout](residual.to(self.residual))
         return tensors
 
     def grad_y(self, draw: int = 0) -> Tensor:
-        grad = _uniform(-1 - draw)(*self.shape[:-1], self.out).to(self.dtype)
+        grad = _uniform(-1 - draw)(*self.shape[:-1], self.out).to(self.residual or self.dtype)
         return LAYOUTS[self.grad_layout](grad)
 
     def operator(
@@ -261,8 +267,11 @@ class MLPCase:
         return stack(outputs)
 
 
-def plain_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return linear(gelu(linear(x, w1, b1), approximate="tanh"), w2, b2)
+def plain_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    y = linear(gelu(linear(x, w1, b1), approximate="tanh"), w2, b2)
+    return y if residual is None else residual + y
 
 
 def mlp_outputs(forward: Callable[..., Tensor], inputs: Tensors, grad_y: Tensor) -> Tensors:

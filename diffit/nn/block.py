@@ -13,7 +13,7 @@ from diffit_kernels import add_layer_norm, mlp
 
 
 class MLP(nn.Module):
-    """Linear, tanh-GELU, Linear: (..., dim) -> (..., dim)."""
+    """Linear, tanh-GELU, Linear, plus a residual if one is given: (..., dim) -> (..., dim)."""
 
     def __init__(
         self,
@@ -29,12 +29,13 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Dropout after both layers, as in timm; without it the fused operator runs."""
         if self.training and self.drop.p > 0:
             hidden = self.drop(gelu(self.fc1(x), approximate="tanh"))
-            return self.drop(self.fc2(hidden))
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            y = self.drop(self.fc2(hidden))
+            return y if residual is None else residual + y
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual)
 
 
 class DiffiTBlock(nn.Module):
@@ -100,4 +101,4 @@ class DiffiTBlock(nn.Module):
         self.attn.check(x, temb, row)
         attention = self.attn(self.norm1(x), temb, row=row, grid_size=grid_size)
         x, normed = add_layer_norm(x, attention, self.norm2.eps)
-        return x + self.mlp(normed)
+        return self.mlp(normed, residual=x)

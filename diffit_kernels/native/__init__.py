@@ -192,12 +192,19 @@ def mlp(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    residual: Tensor | None,
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As the reference; GELU runs in place on a part of the hidden layer where none is saved."""
+    """As the reference; GELU runs in place on a part of the hidden layer where none is saved.
+
+    The residual is added to a part of the result that is still in cache, and not as the start of
+    the second product: residual + bias, rounded, would have the error of the larger of the two.
+    """
     shape, x = x.shape[:-1], x.reshape(problem.rows, -1)
     bias = fc1_bias.contiguous()
-    y = x.new_empty(problem.rows, problem.out_features)
+    if residual is not None:
+        residual = residual.reshape(problem.rows, -1)
+    y = (x if residual is None else residual).new_empty(problem.rows, problem.out_features)
     step = problem.rows
     if not save_hidden:
         part_bytes = max(_HIDDEN_BYTES, 2 * fc1_weight.nbytes)
@@ -214,7 +221,12 @@ def mlp(
             bias.data_ptr(),
             activation.data_ptr(),
         )
-        linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
+        if residual is None:
+            linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
+        else:
+            added = x.new_empty(rows, problem.out_features)
+            linear(activation[:rows], fc2_weight, fc2_bias, out=added)
+            torch.add(residual[part], added, out=y[part])
     return y.reshape(*shape, problem.out_features), hidden if save_hidden else None
 
 

@@ -14,6 +14,11 @@ def is_active(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def dtype_of(x: Tensor) -> torch.dtype:
+    """The dtype to which active autocast converts ``x``."""
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+
+
 def disabled(x: Tensor) -> AbstractContextManager[object]:
     """No autocast inside the ``with`` block, at no cost where there was none."""
     return torch.autocast(x.device.type, enabled=False) if is_active(x) else nullcontext()

@@ -16,9 +16,14 @@ from diffit_kernels.problem import MLPProblem, require_like, require_shape
 
 
 def mlp(
-    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``gelu(x W1^T + b1) W2^T + b2`` with the tanh form of GELU.
+    """``gelu(x W1^T + b1) W2^T + b2 + residual`` with the tanh form of GELU.
 
     Args:
         x: (..., in_features); float32, bfloat16, float16 or float64.
@@ -26,17 +31,24 @@ def mlp(
         fc1_bias: (hidden,).
         fc2_weight: (out_features, hidden).
         fc2_bias: (out_features,).
+        residual: (..., out_features), what the result is added to; in the dtype of ``x``, or
+            float32 where that is bfloat16 or float16, as under autocast.
 
     Returns:
-        (..., out_features), contiguous, in the dtype of ``x``.
+        (..., out_features), contiguous, in the dtype of ``residual``, without one in that of ``x``.
 
     Raises:
         TypeError: a dtype or device that is not supported or differs from that of ``x``.
         ValueError: a shape that does not fit.
         RuntimeError: the backend chosen by ``use_backend`` cannot run this call.
     """
-    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    save_hidden = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if residual is not None and autocast.is_active(x):
+        # the dtype of residual + y
+        residual = residual.to(torch.promote_types(residual.dtype, autocast.dtype_of(x)))
+    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+    save_hidden = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
     y, _ = torch.ops.diffit.mlp(*tensors, save_hidden)
     return y
 
@@ -48,12 +60,13 @@ def _forward(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    residual: Tensor | None,
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and ``x W1^T`` (rows, hidden) if ``save_hidden``, else no elements."""
-    problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
     y, hidden = select(problem).mlp(
-        problem, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save_hidden
+        problem, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, save_hidden
     )
     return y, x.new_empty(0) if hidden is None else hidden
 
@@ -65,11 +78,13 @@ def _forward_fake(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    residual: Tensor | None,
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
     hidden = (problem.rows, problem.hidden_features) if save_hidden else 0
-    return x.new_empty(*x.shape[:-1], problem.out_features), x.new_empty(hidden)
+    y = x if residual is None else residual
+    return y.new_empty(*x.shape[:-1], problem.out_features), x.new_empty(hidden)
 
 
 @operator("mlp_backward")
@@ -115,16 +130,19 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.has_residual = inputs[5] is not None
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[Any, ...]:
-    return *torch.ops.diffit.mlp_backward(grad_y, *ctx.saved_tensors), None
+    x = ctx.saved_tensors[0]
+    grads = torch.ops.diffit.mlp_backward(grad_y.to(x.dtype), *ctx.saved_tensors)
+    return *grads, grad_y if ctx.has_residual else None, None
 
 
 _forward.register_autograd(_autograd, _setup_context)
 _backward.register_autograd()
-_forward.register_autocast()
+_forward.register_autocast(keep=(5,))
 
 
 @register_flop_formula(torch.ops.diffit.mlp)

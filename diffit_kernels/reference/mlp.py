@@ -16,11 +16,14 @@ def mlp(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    residual: Tensor | None,
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``gelu_tanh(x W1^T + b1) W2^T + b2``, and ``x W1^T`` (rows, hidden) for the backward pass."""
+    """``gelu_tanh(x W1^T + b1) W2^T + b2 + residual``, and ``x W1^T`` for the backward pass."""
     hidden = linear(x, fc1_weight)
     y = linear(gelu(hidden + fc1_bias, approximate="tanh"), fc2_weight, fc2_bias)
+    if residual is not None:
+        y = (y + residual).contiguous()
     return y, hidden.reshape(problem.rows, -1) if save_hidden else None
 
 

@@ -1,6 +1,7 @@
 """Linear, tanh-GELU, Linear as products that do in their tiles what else would be a pass.
 
-Forward, the first product adds the bias and applies GELU before it stores, the second adds a bias.
+Forward, the first product adds the bias and applies GELU before it stores, the second adds a bias
+and the residual.
 Backward, the product that gives the gradient of the activation turns it into that of the hidden
 layer, recomputes the activation and sums the gradient of the bias, all in one pass over the hidden
 layer. The other three products are plain and PyTorch's.
@@ -85,9 +86,11 @@ def linear(
     x,
     weight,
     bias,
+    residual,
     hidden,
     y,
     x_stride,
+    residual_stride,
     rows,
     columns,
     inner,
@@ -99,7 +102,10 @@ def linear(
     WHOLE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``x weight^T + bias``, with GELU its GELU; ``hidden``, if there, gets ``x weight^T``."""
+    """``x weight^T + bias``, with GELU its GELU, plus ``residual`` if there, rounded once.
+
+    ``hidden``, if there, gets ``x weight^T``.
+    """
     down, across = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row, column = down * BLOCK_M + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -117,6 +123,9 @@ def linear(
     if GELU:
         gate, _ = _gate(total)
         total *= gate
+    if residual is not None:
+        added = residual + row.to(tl.int64)[:, None] * residual_stride + column[None, :]
+        total += tl.load(added, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + first + out, total, mask=inside)
 
 
@@ -186,6 +195,7 @@ def mlp(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    residual: Tensor | None,
     save_hidden: bool,
     *,
     configs: Configs | None = None,
@@ -196,8 +206,9 @@ def mlp(
     layer is saved also the GELU, in its epilogue.
     """
     hidden = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
-    activation = _linear("mlp_gelu", as_rows(x), fc1_weight, fc1_bias, hidden, configs)
-    y = _linear("mlp_bias", activation, fc2_weight, fc2_bias, None, configs)
+    activation = _linear("mlp_gelu", as_rows(x), fc1_weight, fc1_bias, None, hidden, configs)
+    added = None if residual is None else as_rows(residual)
+    y = _linear("mlp_bias", activation, fc2_weight, fc2_bias, added, None, configs)
     return y.view(*x.shape[:-1], problem.out_features), hidden
 
 
@@ -206,6 +217,7 @@ def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    residual: Tensor | None,
     hidden: Tensor | None,
     configs: Configs | None,
 ) -> Tensor:
@@ -214,12 +226,13 @@ def _linear(
     if impl == "cublaslt" and hidden is None:
         if kernel == "mlp_gelu":
             return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        return torch.addmm(bias, x, weight.t())
-    y = x.new_empty(len(x), columns)
+        y = torch.addmm(bias, x, weight.t())
+        return y if residual is None else residual + y
+    y = (x if residual is None else residual).new_empty(len(x), columns)
     with torch.cuda.device_of(x):
         linear[_grid(x, columns, config)](
-            *(x, weight.contiguous(), bias.contiguous(), hidden, y),
-            *(x.stride(0), len(x), columns, x.shape[1]),
+            *(x, weight.contiguous(), bias.contiguous(), residual, hidden, y, x.stride(0)),
+            *(0 if residual is None else residual.stride(0), len(x), columns, x.shape[1]),
             GELU=kernel == "mlp_gelu",
             **config,
         )

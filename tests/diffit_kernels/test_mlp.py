@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import diffit_kernels as dk
+from diffit_kernels import native
 from tests.cases import DTYPES, LAYOUTS, MLPCase
 from tests.numeric_rule import assert_numeric_rule
 
@@ -57,6 +58,34 @@ def test_layouts(backend: str, argument: str, layout: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strided_weights_and_biases(backend: str, dtype: torch.dtype) -> None:
     check(MLPCase((17, 24), 33, 24, dtype, strided=True))
+
+
+# dtypes of x and of the residual
+PAIRS = [*((dtype, dtype) for dtype in DTYPES), *((dtype, torch.float32) for dtype in DTYPES[1:])]
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("dtype", "residual"), PAIRS, ids=name_of)
+@pytest.mark.parametrize("size", [1.0, 1e3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_residual(
+    backend: str, layout: str, size: float, dtype: torch.dtype, residual: torch.dtype
+) -> None:
+    """A large one too, whose own rounding is all of the error."""
+    case = MLPCase((2, 17, 24), 33, 24, dtype, residual=residual, residual_size=size)
+    check(replace(case, layout=layout))
+
+
+@pytest.mark.parametrize(("dtype", "residual"), PAIRS, ids=name_of)
+def test_residual_of_inference_in_parts(
+    backend: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, residual: torch.dtype
+) -> None:
+    """Where no hidden layer is saved, the CPU kernels take some rows after the others."""
+    monkeypatch.setattr(native, "_HIDDEN_BYTES", 0)  # twice the weights: 48 rows
+    case = MLPCase((101, 24), 64, 31, dtype, residual=residual)
+    with torch.no_grad():
+        y = torch.stack([dk.mlp(*case.inputs(draw).values()) for draw in range(case.draws)])
+    assert_numeric_rule({"y": y}, {"y": case.plain()["y"]}, {"y": case.truth()["y"]})
 
 
 @pytest.mark.sanitizer
@@ -133,7 +162,7 @@ def test_threads(
 
 
 def test_without_gradients_the_result_is_the_same(backend: str) -> None:
-    inputs = MLPCase((17, 24), 33, 24).inputs()
+    inputs = MLPCase((17, 24), 33, 24, residual=torch.float32).inputs()
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     with torch.no_grad():
         inference = dk.mlp(*leaves)
@@ -146,7 +175,7 @@ FLOAT64_ROUNDING = 2**12 * torch.finfo(torch.float64).eps
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_reference_is_the_formula_and_its_derivative(case: MLPCase) -> None:
-    case = replace(case, dtype=torch.float64)
+    case = replace(case, dtype=torch.float64, residual=torch.float64)
     with dk.use_backend("reference"):
         explicit = case.operator()
     for name, exact in case.plain().items():
@@ -155,6 +184,6 @@ def test_reference_is_the_formula_and_its_derivative(case: MLPCase) -> None:
 
 
 def test_gradcheck() -> None:
-    inputs = MLPCase((2, 3, 4), 5, 3, torch.float64).inputs()
+    inputs = MLPCase((2, 3, 4), 5, 3, torch.float64, residual=torch.float64).inputs()
     with dk.use_backend("reference"):
         assert torch.autograd.gradcheck(dk.mlp, [x.requires_grad_() for x in inputs.values()])

@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock, TMSA2d
-from tests.cases import AttentionCase, MLPCase, stack
+from tests.cases import DTYPES, AttentionCase, MLPCase, stack
 from tests.numeric_rule import assert_numeric_rule
 
 Case = TypeVar("Case", AttentionCase, MLPCase)
 
 CASE = AttentionCase((3, 5), 8, windows=(2, 1))
-MLP = MLPCase((2, 5, 8), 16, 8)
+MLP = MLPCase((2, 5, 8), 16, 8, residual=torch.float32)
 LAYOUTS = ["contiguous", "channels first", "tokens first", "sliced channels"]
 
 
@@ -62,13 +62,16 @@ def test_opcheck_window_attention(fastest_backend: str, layout: str, dtype: torc
 def test_opcheck_mlp(fastest_backend: str, layout: str, dtype: torch.dtype) -> None:
     case = _in_layout(MLP, layout, dtype)
     inputs = [tensor.detach().requires_grad_() for tensor in case.inputs().values()]
-    opcheck(torch.ops.diffit.mlp, *inputs, True)
-    with torch.no_grad():
-        opcheck(torch.ops.diffit.mlp, *inputs, False)
+    for residual in (inputs[5], inputs[5].detach().to(dtype).requires_grad_(), None):
+        opcheck(torch.ops.diffit.mlp, *inputs[:5], residual, True)
+        with torch.no_grad():
+            opcheck(torch.ops.diffit.mlp, *inputs[:5], residual, False)
 
     inputs = [tensor.detach() for tensor in inputs]
+    x_and_weights = inputs[:5]
     _, hidden = torch.ops.diffit.mlp(*inputs, True)
-    opcheck(torch.ops.diffit.mlp_backward, case.grad_y(), *inputs, hidden)
+    grad_y = case.grad_y().to(dtype)
+    opcheck(torch.ops.diffit.mlp_backward, grad_y, *x_and_weights, hidden)
 
 
 def test_the_result_is_contiguous(fastest_backend: str) -> None:
@@ -210,7 +213,9 @@ def test_autocast_operators(fastest_backend: str, dtype: torch.dtype) -> None:
     tensors = {name: x.requires_grad_() for name, x in CASE.inputs().items()}
     with torch.autocast("cpu", dtype):
         out, lse = torch.ops.diffit.window_attention(*tensors.values(), *CASE.arguments)
-        y = dk.mlp(*MLP.inputs().values())
+        *perceptron, residual = MLP.inputs().values()
+        y = dk.mlp(*perceptron)
+        sums = [dk.mlp(*perceptron, residual.to(kind)) for kind in (torch.float32, *DTYPES[1:])]
     assert out.dtype == y.dtype == dtype
     assert lse.dtype == torch.float32
     out.sum().backward()
@@ -219,8 +224,13 @@ def test_autocast_operators(fastest_backend: str, dtype: torch.dtype) -> None:
     rounded = {k: x if k == "rel_pos_table" else x.to(dtype) for k, x in CASE.inputs().items()}
     expected, _ = torch.ops.diffit.window_attention(*rounded.values(), *CASE.arguments)
     assert torch.equal(out, expected)
-    rounded = [x.to(dtype) for x in MLP.inputs().values()]
+    rounded = [x.to(dtype) for x in perceptron]
     assert torch.equal(y, dk.mlp(*rounded))
+    for kind, got in zip((torch.float32, *DTYPES[1:]), sums, strict=True):
+        # As residual + y has it: the two 16-bit dtypes meet in float32.
+        promoted = residual.to(kind).to(torch.promote_types(kind, dtype))
+        assert torch.equal(got, dk.mlp(*rounded, promoted))
+        assert got.dtype == promoted.dtype
 
 
 def test_backward_inside_autocast(fastest_backend: str) -> None:
@@ -295,9 +305,9 @@ def test_flop_counter() -> None:
     assert counts[torch.ops.diffit.window_attention] == 2 * product == problem.flops
     assert counts[torch.ops.diffit.window_attention_backward] == 5 * product
 
-    x, w1, b1, w2, b2 = (tensor.requires_grad_() for tensor in MLP.inputs().values())
+    x, w1, b1, w2, b2, residual = (tensor.requires_grad_() for tensor in MLP.inputs().values())
     with FlopCounterMode(display=False) as counter:
-        dk.mlp(x, w1, b1, w2, b2).sum().backward()
+        dk.mlp(x, w1, b1, w2, b2, residual).sum().backward()
     counts = counter.get_flop_counts()["Global"]
     forward = 2 * (x.numel() // x.shape[-1]) * (w1.numel() + w2.numel())
     assert counts[torch.ops.diffit.mlp] == forward

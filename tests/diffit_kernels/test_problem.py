@@ -77,6 +77,7 @@ def mlp(**changes: Any) -> Tensor:
         "fc1_bias": zeros(HIDDEN),
         "fc2_weight": zeros(C, HIDDEN),
         "fc2_bias": zeros(C),
+        "residual": zeros(B, L, C),
     }
     return dk.mlp(**(good | changes))
 
@@ -215,6 +216,11 @@ TABLE: list[Row] = [
     (mlp, {"fc2_weight": zeros(HIDDEN, C)}, ValueError, r"fc2_weight: .*\(20, 20\).*\(20, 16\)"),
     (mlp, {"fc2_weight": half(C, HIDDEN)}, TypeError, "fc2_weight: .*float32.*float16"),
     (mlp, {"fc2_bias": zeros(1, C)}, ValueError, r"fc2_bias: .*\(16,\).*\(1, 16\)"),
+    (mlp, {"residual": half(B, L, C)}, TypeError, "residual: .*float32.*float16"),
+    (mlp, {"residual": zeros(B, L, C).double()}, TypeError, "residual: .*float32.*float64"),
+    (mlp, {"residual": meta(B, L, C)}, TypeError, "residual: .*cpu.*meta"),
+    (mlp, {"residual": zeros(L, C)}, ValueError, r"residual: .*\(2, 12, 16\).*\(12, 16\)"),
+    (mlp, {"residual": zeros(B, L, 1)}, ValueError, r"residual: .*\(2, 12, 16\).*\(2, 12, 1\)"),
     # add_layer_norm
     (add_layer_norm, {"x": integer(B, L, C)}, TypeError, "x: .*int64"),
     (add_layer_norm, {"x": zeros()}, ValueError, r"x: .*\(\)"),

@@ -75,6 +75,32 @@ def test_layouts(argument: str, layout: str) -> None:
     check(replace(MLPCase((2, 17, 24), 33, 24), **{argument: layout}))
 
 
+# dtypes of x and of the residual
+PAIRS = [*((dtype, dtype) for dtype in DTYPES), *((dtype, torch.float32) for dtype in DTYPES[1:])]
+
+
+@pytest.mark.parametrize(("dtype", "residual"), PAIRS, ids=name_of)
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [(MLPCase((17, 24), 33, 24), 1.0), (MLPCase((5, 17), 7, 31), 1e3)],
+    ids=name_of,
+)
+def test_residual(
+    monkeypatch: pytest.MonkeyPatch,
+    case: MLPCase,
+    size: float,
+    dtype: torch.dtype,
+    residual: torch.dtype,
+) -> None:
+    use_configs(monkeypatch)
+    check(replace(case, dtype=dtype, residual=residual, residual_size=size))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_residual(layout: str) -> None:
+    check(MLPCase((2, 17, 24), 33, 24, residual=torch.float32, layout=layout))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strided_weights_and_biases(dtype: torch.dtype) -> None:
     check(MLPCase((17, 24), 33, 24, dtype, strided=True))
@@ -124,18 +150,26 @@ def test_two_calls_are_equal(default_algorithms: None, dtype: torch.dtype) -> No
 
 
 def test_without_gradients_the_result_is_the_same() -> None:
-    leaves = [on_device(x).requires_grad_() for x in MLPCase((17, 24), 33, 24).inputs().values()]
+    case = MLPCase((17, 24), 33, 24, residual=torch.float32)
+    leaves = [on_device(x).requires_grad_() for x in case.inputs().values()]
     with torch.no_grad():
         inference = dk.mlp(*leaves)
     assert torch.equal(inference, dk.mlp(*leaves))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuBLASLt needs a GPU")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("dtype", "residual"), [*PAIRS, *((dtype, None) for dtype in DTYPES)], ids=name_of
+)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_cublaslt(monkeypatch: pytest.MonkeyPatch, case: MLPCase, dtype: torch.dtype) -> None:
+def test_cublaslt(
+    monkeypatch: pytest.MonkeyPatch,
+    case: MLPCase,
+    dtype: torch.dtype,
+    residual: torch.dtype | None,
+) -> None:
     use_configs(monkeypatch, impl="cublaslt")
-    case = replace(case, dtype=dtype)
+    case = replace(case, dtype=dtype, residual=residual)
     check(case)
     with torch.no_grad():
         y = [dk.mlp(*map(on_device, case.inputs(draw).values())) for draw in range(case.draws)]
@@ -164,9 +198,10 @@ def _launch(case: MLPCase) -> None:
     (rows, features), hidden, out = case.shape, case.hidden, case.out
     shapes = ((rows, features), (hidden, features), (hidden,), (out, hidden), (out,))
     inputs = [torch.empty(shape, dtype=case.dtype) for shape in shapes]
-    problem = MLPProblem.from_tensors(*inputs)
-    y, saved = backend.mlp(problem, *inputs, save_hidden=True)
-    backend.mlp_backward(problem, y, *inputs[:4], saved)
+    residual = torch.empty(rows, out)
+    problem = MLPProblem.from_tensors(*inputs, residual)
+    _, saved = backend.mlp(problem, *inputs, residual, save_hidden=True)
+    backend.mlp_backward(problem, residual.to(case.dtype), *inputs[:4], saved)
 
 
 @pytest.fixture(scope="module")
