@@ -8,8 +8,10 @@ an error there, which becomes one line and the exit code 2.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.add_parser(name, help=command.HELP, description=command.HELP)
         )
     arguments = parser.parse_args(argv)
+    _quiet_libraries()
     try:
         COMMANDS[arguments.command].run(arguments)
     except KeyboardInterrupt as interrupt:
@@ -71,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"diffit {arguments.command}: {message}", file=sys.stderr)
     return code
+
+
+def _quiet_libraries() -> None:
+    """No advice and no retries of the hub's libraries: what fails is told in one line."""
+    for variable in ("HF_HUB_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")  # read when they are imported
+    warnings.filterwarnings("ignore", module="huggingface_hub")
 
 
 def _one_line(error: Exception) -> str:

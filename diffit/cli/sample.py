@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -28,8 +29,11 @@ def _positive(text: str) -> int:
 
 
 def _finite(text: str) -> float:
-    number = float(text)
-    if not abs(number) < float("inf"):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
     return number
 
@@ -192,6 +196,7 @@ def _paint(
                     )
                 for seed, pixels in zip(batch, painted.pixels, strict=True):
                     gallery.add(seed, pixels, notes[seed])
+                bar.update(done + len(batch) - bar.n)  # shares do not add up exactly
                 evaluated, saved = evaluated + painted.evaluated, saved + painted.saved
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
