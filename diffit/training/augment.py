@@ -14,6 +14,8 @@ The label, 0 where nothing was done::
     3, 4   cos(angle) - 1 and sin(angle) of the turn
     5, 6   a cos(direction) and a sin(direction) of stretching
     7, 8   a of the shift to the right and down
+
+Stretching by a along a direction and by -a along its opposite share a label, as in EDM.
 """
 
 from __future__ import annotations
