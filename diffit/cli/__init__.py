@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from diffit.cli import data, info, models, sample, viz
+from diffit.cli import data, info, models, sample, train, viz
 
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
 LONGEST_MESSAGE = 500
@@ -35,6 +35,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "sample": sample,
+    "train": train,
     "viz": viz,
     "models": models,
     "data": data,

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     from diffit.cli.machine import batch_that_fits, pick_device
     from diffit.cli.networks import RANDOM, find_network
     from diffit.cli.pictures import Painter
-    from diffit.cli.ranks import ranks
+    from diffit.ranks import ranks
 
     gallery = Gallery(arguments.out)
     device = pick_device(arguments.device)

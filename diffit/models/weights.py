@@ -113,6 +113,9 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
         model: the network.
         path: of the safetensors file; ``from_pretrained(path)`` reads it.
         notes: more for the metadata, for example ``preset="diffit_emoji_32"``.
+
+    Raises:
+        OSError: it could not be written.
     """
     metadata = {"network": type(model).__name__, "config": model._hub_mixin_config, **notes}
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -122,8 +125,10 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
         save_file(state, temporary, {"format": "pt", METADATA: json.dumps(metadata)})
         os.chmod(temporary, 0o644)  # mkstemp's are private
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, SafetensorError):  # a full disk, for example
+            raise OSError(f"{path}: could not be written: {error}") from error
         raise
 
 
