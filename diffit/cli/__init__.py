@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from diffit.cli import data, info, models, sample, train, viz
+from diffit.cli import data, encode, info, models, sample, train, viz
 
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
 LONGEST_MESSAGE = 500
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "viz": viz,
     "models": models,
     "data": data,
+    "data encode": encode,
     "info": info,
 }
 
@@ -63,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(
             commands.add_parser(name, help=command.HELP, description=command.HELP)
         )
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(words[:2]) in COMMANDS:
+        words[:2] = [" ".join(words[:2])]
+    arguments = parser.parse_args(words)
     _quiet_libraries()
     try:
         COMMANDS[arguments.command].run(arguments)
