@@ -1,4 +1,4 @@
-"""``diffit viz``: attention maps and bias tables as one PNG."""
+"""``diffit viz``: attention maps, bias tables and the losses of training as one PNG."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-HELP = "draw attention maps, or the relative position bias of a layer"
+HELP = "draw attention maps, the relative position bias of a layer, or the losses of runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
-    add("what", choices=("attention", "bias"))
+    add("what", choices=("attention", "bias", "loss"))
     add("--preset", metavar="NAME", help="network and settings; `diffit models` lists them")
     add("--weights", metavar="SOURCE", help="as in `diffit sample`")
+    add("--runs", nargs="+", type=Path, metavar="DIR", help="folders of `diffit train`, for loss")
     add("--out", type=Path, required=True, help="the .png to write")
     add("--layers", nargs="+", metavar="NAME", help="default: the first, the middle and the last")
     add("--head", type=int, help="attention of one head (default: the mean of all)")
@@ -31,6 +32,30 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError, ImportError: wrong input.
     """
+    out = arguments.out
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise ValueError(f"--out: expected a .png in a folder that exists, got {str(out)!r}")
+    if arguments.what == "loss":
+        _draw_losses(out, arguments.runs or [])
+    else:
+        _draw_network(arguments)
+
+
+def _draw_losses(out: Path, folders: list[Path]) -> None:
+    from diffit.training.log import STATS, read_stats
+    from diffit.viz import draw_losses
+
+    if not folders:
+        raise ValueError("--runs: expected folders of `diffit train`, got none")
+    runs = {str(folder): read_stats(folder / STATS) for folder in folders}
+    for folder, lines in runs.items():
+        if not lines:
+            raise ValueError(f"--runs: {folder}: expected a {STATS} with steps in it, got none")
+    draw_losses(out, runs)
+    print(f"{out}: {', '.join(runs)}")
+
+
+def _draw_network(arguments: argparse.Namespace) -> None:
     from diffit.cli.networks import RANDOM, find_network
     from diffit.models import ImageNetwork, get_preset
     from diffit.viz import (
@@ -42,8 +67,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
     out = arguments.out
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise ValueError(f"--out: expected a .png in a folder that exists, got {str(out)!r}")
     found = find_network(arguments.preset, arguments.weights)
     network = found.network
     if found.weights == RANDOM:

@@ -23,8 +23,12 @@ def _ffhq(parameters: float, gflops: float, fid: float, **changes: Any) -> Prese
     return _changed("diffit_ffhq_64", parameters, gflops, fid, changes)
 
 
+def _emoji(parameters: float, gflops: float, fid: None, **changes: Any) -> Preset:
+    return _changed("diffit_emoji_32", parameters, gflops, fid, changes)
+
+
 def _changed(
-    base: str, parameters: float, gflops: float, fid: float, changes: dict[str, Any]
+    base: str, parameters: float, gflops: float, fid: float | None, changes: dict[str, Any]
 ) -> Preset:
     options = {**MAIN[base].options, **changes}
     return replace(MAIN[base], parameters=parameters, gflops=gflops, fid=fid, options=options)
@@ -64,6 +68,8 @@ ABLATIONS: dict[str, Preset] = {
     # Where time enters.
     "diffit_cifar10_32_time_bias":      _cifar10( 25.6,   7.0, 3.97, time_entry="bias"),
     "diffit_cifar10_32_time_mlp":       _cifar10( 24.4,   7.0, 3.81, time_entry="mlp"),
+    "diffit_emoji_32_time_bias":        _emoji(    2.0,   0.5, None, time_entry="bias"),
+    "diffit_emoji_32_time_mlp":         _emoji(    1.9,   0.5, None, time_entry="mlp"),
     # Attention on the time token apart from that on the spatial tokens.
     "diffit_cifar10_32_separate_token": _cifar10( 24.4,   7.0, 2.28, time_entry="separate"),
     "diffit_ffhq_64_separate_token":    _ffhq(    38.5,  30.7, 2.59, time_entry="separate"),

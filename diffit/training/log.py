@@ -32,7 +32,7 @@ class Log:
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool) -> None:
         path = folder / STATS
-        kept = [line for line in _lines(path) if line["step"] <= step]
+        kept = [line for line in read_stats(path) if line["step"] <= step]
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -60,7 +60,8 @@ class Log:
             self._events.close()
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
+def read_stats(path: Path) -> list[dict[str, float]]:
+    """The lines of a ``stats.jsonl``, up to one that was cut off; none if there is no such file."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -68,14 +68,14 @@ FFHQ = replace(CIFAR10, batch_size=256, lr=2e-4, augment=0.15)
 # Ours, for two cores and 3,812 pictures.
 EMOJI = replace(
     CIFAR10,
-    batch_size=32,
-    steps=3_000,
+    batch_size=16,
+    steps=4_000,
     lr=5e-4,
-    lr_ramp=6_400,
-    ema_halflife=10_000.0,
+    lr_ramp=3_200,
+    ema_halflife=5_000.0,
     augment=0.0,
     checkpoint_every=200,
-    snapshot_every=300,
+    snapshot_every=500,
 )
 # Their steps are those of the paper's comparison with DiT.
 LATENT_256 = Recipe(batch_size=256, steps=1_000_000, lr=3e-4, ema_decay=0.9999)

@@ -2,7 +2,7 @@
 
 from diffit.viz.attention import AttentionRecorder, Moment, attention_received, record_sampling
 from diffit.viz.bias import bias_tables
-from diffit.viz.draw import draw_attention, draw_bias
+from diffit.viz.draw import draw_attention, draw_bias, draw_losses
 
 __all__ = [
     "AttentionRecorder",
@@ -11,5 +11,6 @@ __all__ = [
     "bias_tables",
     "draw_attention",
     "draw_bias",
+    "draw_losses",
     "record_sampling",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffit.nn import TMSA
 from diffit.viz.attention import Moment, attention_received
 
 DPI = 110
+SMOOTH = 50  # steps
 
 
 def draw_attention(
@@ -116,6 +117,31 @@ def draw_bias(path: Path, layer: str, table: NDArray[np.float64]) -> None:
     figure.supylabel("key below query, tokens", fontsize=8)
     figure.suptitle(layer, fontsize=10)
     figure.colorbar(shown, ax=axes, shrink=0.8).set_label("bias of the logit", fontsize=8)
+    _save(figure, path)
+
+
+def draw_losses(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """The loss of training runs by images seen, each point the mean of ``SMOOTH`` steps.
+
+    Args:
+        path: of the PNG.
+        runs: by a name for the legend, the lines of a run's ``stats.jsonl``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure, axis = _pyplot().subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name, lines in runs.items():
+        losses = np.array([line["loss"] for line in lines])
+        images = np.array([line["images"] for line in lines])
+        width = min(SMOOTH, len(losses))
+        mean = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        axis.plot(images[width - 1 :], mean, linewidth=1, label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("images")
+    axis.set_ylabel(f"loss, mean of {SMOOTH} steps")
+    axis.grid(which="both", alpha=0.3)
+    axis.legend(fontsize=8)
     _save(figure, path)
 
 

@@ -36,6 +36,8 @@ TIME_LAYERS = {
     "ddpmpp_cifar10_32_tmsa": {"temb", TMSA_LAYER},
     "diffit_cifar10_32_time_bias": {"table_temb"},
     "diffit_cifar10_32_time_mlp": {"mlp_temb"},
+    "diffit_emoji_32_time_bias": {"table_temb"},
+    "diffit_emoji_32_time_mlp": {"mlp_temb"},
     "diffit_cifar10_32_separate_token": {"v_temb"},
     "diffit_ffhq_64_separate_token": {"v_temb"},
 }
@@ -50,7 +52,7 @@ def small(name: str) -> Any:
     channels = options.get("channels", (128, 256, 256))
     sizes: dict[type[DiffusionNetwork], dict[str, Any]] = {
         ImageDiffiT: {
-            "channels": [width // 8 for width in channels],
+            "channels": [width // 64 * 8 for width in channels],
             "depths": [1] * len(channels),
             "head_dim": 8,
         },
@@ -62,11 +64,12 @@ def small(name: str) -> Any:
     return stirred(create_model(name, temb_dim=temb_dim, **sizes[PRESETS[name].network]))
 
 
-def inputs(network: Any, batch: int = 2) -> tuple[Tensor, Tensor, None, Tensor]:
+def inputs(network: Any, batch: int = 2) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, *[network.img_resolution] * 2, generator=generator)
     noise = torch.randn(batch, generator=generator)
-    return x, noise, None, torch.randn(batch, 9, generator=generator)
+    labels = torch.eye(batch, network.label_dim) if network.label_dim else None
+    return x, noise, labels, torch.randn(batch, 9, generator=generator)
 
 
 def time_layers(network: nn.Module) -> dict[str, nn.Linear]:
@@ -125,8 +128,8 @@ def test_files(name: str, tmp_path: Path) -> None:
 
 
 def test_every_kind_is_there() -> None:
-    """The ablations of the paper, and nothing that differs from another in name alone."""
-    assert len(ABLATIONS) == 22
+    """The ablations of the paper, two of them small, and none that differs in name alone."""
+    assert len(ABLATIONS) == 24
     made = {(p.network, repr(sorted(p.options.items()))) for p in PRESETS.values()}
     assert len(made) == len(PRESETS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,28 @@ def test_pictures(tmp_path: Path, capsys: Any) -> None:
         assert pixels.std() > 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "l.safetensors"]
     assert "a.png: encoder.0.0.block.attn" in capsys.readouterr().out
+
+
+def test_losses_of_runs(tmp_path: Path, capsys: Any) -> None:
+    for name, steps in (("short", 3), ("long", 90)):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "images": 8 * i, "loss": 1 / i} for i in range(1, steps + 1)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "stats.jsonl").write_text(text + '{"step": 4, "lo')
+    runs = ["--runs", *(str(tmp_path / name) for name in ("short", "long"))]
+    out = tmp_path / "loss.png"
+    assert main(["viz", "loss", *runs, "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert np.asarray(picture.convert("RGB")).std() > 5
+    capsys.readouterr()
+    out.unlink()
+    for runs, message in (
+        ([], "--runs: expected folders"),
+        (["--runs", str(tmp_path)], "expected a stats.jsonl"),
+    ):
+        assert main(["viz", "loss", *runs, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_wrong_input(fails: Any) -> None:  # noqa: F811
