@@ -1,0 +1,348 @@
+"""Our backends against the peers at the shapes of the networks: verified, then timed in turn.
+
+``forward`` is the pass of inference; ``training`` is a forward and a backward pass, with the
+gradients of everything, the bias table too. First several workers run every call once, so that all
+is compiled; then one worker measures, alone on the device.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffit_kernels import WindowAttentionProblem, use_backend
+from gpu import workers
+from gpu.job import Job, Result
+from gpu.precision import PRECISIONS, using
+from gpu.rows import BOUND, OUR, OURS, PEER, Row, summarise
+from harness import Timing, errors, interleave, peak_memory, worst_error
+from operations import Contestant, Tensors, contestants_of
+from peers import PEERS, kernels
+from results import CANNOT_RUN, FAILED, FLOOR, OK
+from shapes import SHAPES, Shape
+
+DIRECTIONS = ("forward", "training")
+SECONDS = 0.25  # of rounds for a contest, and again for its graphs
+WARM_SHARE = 0.45  # of the time, to compile
+WARM_WORKERS = 6
+TASK_SECONDS = 120.0
+PLAIN, PLAIN_WITHOUT_BIAS = "eager", kernels.WITHOUT_BIAS[0].name
+WITHOUT_BIAS = tuple(peer.name for peer in kernels.WITHOUT_BIAS)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant with what its result is held to; a floor is held to nothing."""
+
+    row: Row
+    call: Callable[[], Tensors]
+    gflop: float
+    truth: Tensors | None
+    plain_errors: dict[str, float]
+
+
+def tasks(operation: str, ceilings: dict[str, Any]) -> list[workers.Task]:
+    """Every contest of an operation, in the order of what it is worth."""
+    return [
+        {
+            "operation": operation,
+            "precision": precision,
+            "shape": asdict(shape),
+            "direction": direction,
+            "ceilings": ceilings,
+            "skip": {},
+        }
+        for precision, shape, direction in product(PRECISIONS, SHAPES.values(), DIRECTIONS)
+    ]
+
+
+def measure(task: workers.Task, device: torch.device, say: Say = lambda at: None) -> Result:
+    """The rows of a contest; of one that is "warm" none, but all is compiled.
+
+    ``skip`` has reasons why contestants are left out, by their names.
+    """
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    rows: dict[str, Row] = {}
+    calls: dict[str, Entry] = {}
+    with using(task["precision"]) as dtype:
+        for entry in entries(task, dtype, device, say):
+            name = entry.row.contestant
+            say(name)
+            if name in task["skip"]:
+                rows[name] = _failed(entry.row, task["skip"][name])
+                continue
+            try:
+                got = entry.call()
+                rows[name] = entry.row if task.get("warm") else _verified(entry, got)
+                del got
+            except Exception as error:
+                if workers.is_lost(device):
+                    raise
+                rows[name] = _failed(entry.row, workers.first_line(error))
+            if rows[name].status == OK:
+                calls[name] = entry
+        if task.get("warm"):
+            return {"rows": []}
+        say("timing")
+        rows |= _timed(rows, calls, task, device)
+    return {"rows": [asdict(row) for row in rows.values()]}
+
+
+def entries(
+    task: workers.Task, dtype: torch.dtype, device: torch.device, say: Say
+) -> Iterator[Entry]:
+    """All contestants, ours first, with their truths unless the task is to warm up."""
+    shape, direction = Shape(**task["shape"]), task["direction"]
+    peers = (*PEERS, *kernels.PEERS, *kernels.WITHOUT_BIAS)
+    exact, ours, *others = contestants_of(task["operation"], shape, dtype, device, peers)
+    by_name = {contestant.name: contestant for contestant in others}
+    truth: Tensors | None = None
+    truth_without_bias: Tensors | None = None
+    plain: dict[str, float] = {}
+    plain_without_bias: dict[str, float] = {}
+    if not task.get("warm"):
+        say("truth")
+        with use_backend("reference"):
+            truth = call_of(exact, direction)()
+            plain = errors(call_of(by_name[PLAIN], direction)(), truth)
+            for name, leaf in exact.leaves.items():
+                if name.endswith("table"):
+                    leaf.detach().zero_()
+            truth_without_bias = call_of(_without_table(exact), direction)()
+            plain_peer = _without_table(by_name[PLAIN_WITHOUT_BIAS])
+            plain_without_bias = errors(call_of(plain_peer, direction)(), truth_without_bias)
+
+    row = partial(_row, shape, shape.problem(dtype, device), task)
+    gflop = sum(ours.gflop[part] for part in DIRECTION_PARTS[direction])
+    for backend in OURS:
+        call = call_of(ours, direction, backend)
+        yield Entry(row(backend, OUR), call, gflop, truth, plain)
+    for name, contestant in by_name.items():
+        gflop = sum(contestant.gflop[part] for part in DIRECTION_PARTS[direction])
+        if name in WITHOUT_BIAS:
+            call = call_of(_without_table(contestant), direction)
+            yield Entry(row(name, BOUND), call, gflop, truth_without_bias, plain_without_bias)
+        else:
+            call = call_of(contestant, direction)
+            held = None if name == FLOOR else truth
+            yield Entry(row(name, BOUND if name == FLOOR else PEER), call, gflop, held, plain)
+
+
+DIRECTION_PARTS = {"forward": ("forward",), "training": ("forward", "backward")}
+
+
+def call_of(
+    contestant: Contestant, direction: str, backend: str | None = None
+) -> Callable[[], Tensors]:
+    """What is timed, with its named results; operators run on a backend if one is named."""
+    forward = contestant.call("forward")
+    leaves = list(contestant.leaves.values())
+
+    def training() -> Tensors:
+        outputs = contestant.outputs()
+        grads = torch.autograd.grad(outputs, leaves, contestant.grad_outputs)
+        named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+        return named | dict(zip(contestant.leaves, grads, strict=True))
+
+    call = forward if direction == "forward" else training
+
+    def on_backend() -> Tensors:
+        with use_backend(backend) if backend else nullcontext():
+            return call()
+
+    return on_backend
+
+
+def _without_table(contestant: Contestant) -> Contestant:
+    leaves = {k: leaf for k, leaf in contestant.leaves.items() if not k.endswith("table")}
+    return replace(contestant, leaves=leaves)
+
+
+def _row(
+    shape: Shape, problem: WindowAttentionProblem, task: workers.Task, contestant: str, role: str
+) -> Row:
+    return Row(
+        shape=shape.name,
+        batch=problem.batch,
+        grid=shape.grid,
+        window=shape.window,
+        dim=shape.dim,
+        num_heads=shape.num_heads,
+        precision=task["precision"],
+        operation=task["operation"],
+        direction=task["direction"],
+        contestant=contestant,
+        role=role,
+        status=OK,
+    )
+
+
+def _failed(row: Row, reason: str) -> Row:
+    """Whatever stops a peer is its result; ours has no excuse but a dtype that it has not."""
+    refused = row.contestant == "cuda" and "is not one of bfloat16, float16" in reason
+    status = FAILED if row.role == OUR and not refused else CANNOT_RUN
+    return replace(row, status=status, reason=reason)
+
+
+def _verified(entry: Entry, got: Tensors) -> Row:
+    if entry.truth is None:
+        return entry.row
+    error, where = worst_error(got, entry.truth, entry.plain_errors)
+    row = replace(entry.row, error_over_allowed=error)
+    if error <= 1:
+        return row
+    reason = f"{where}: error {error:.3g} times what the numeric rule allows"
+    return replace(row, status=FAILED, reason=reason)
+
+
+def _timed(
+    rows: dict[str, Row], calls: dict[str, Entry], task: workers.Task, device: torch.device
+) -> dict[str, Row]:
+    """The rows of what was right, with its times."""
+    pace = {"seconds": task.get("seconds", SECONDS), "min_rounds": 5, "max_rounds": 100}
+    functions = {name: entry.call for name, entry in calls.items()}
+    timings = interleave(functions, device, **pace)
+    graphs = {}
+    if device.type == "cuda":
+        for name, call in functions.items():
+            try:
+                graphs[name] = _graph(call)
+            except Exception:  # some peers cannot be captured, which is no fault of their results
+                if workers.is_lost(device):
+                    raise
+    replays = interleave(graphs, device, **pace)
+    graphs.clear()
+    found = {}
+    for name, timing in timings.items():
+        replay = replays.get(name)
+        seconds = (replay or timing).median
+        low, high = timing.spread
+        found[name] = replace(
+            rows[name],
+            rounds=len(timing.rounds),
+            median_ms=1e3 * timing.median,
+            p10_ms=1e3 * low,
+            p90_ms=1e3 * high,
+            graph_ms=1e3 * replay.median if replay else None,
+            **{f"time_over_{ours}": _ratio(timings, ours, timing) for ours in OURS},
+            **_rates(rows[name], calls[name].gflop, seconds, task),
+            peak_mib=peak_memory(functions[name], device) / 2**20,
+        )
+    sdpa = found.get("sdpa")
+    if sdpa is not None and sdpa.peak_mib:
+        for name, row in found.items():
+            found[name] = replace(row, peak_over_sdpa=(row.peak_mib or 0.0) / sdpa.peak_mib)
+    return found
+
+
+def _ratio(timings: dict[str, Timing], ours: str, other: Timing) -> float | None:
+    return timings[ours].ratio(other) if ours in timings else None
+
+
+def _rates(row: Row, gflop: float, seconds: float, task: workers.Task) -> dict[str, float]:
+    """Operations and bytes per second, and the time that the ceilings leave over the time taken.
+
+    Bytes are the fewest: each tensor of the operation read or written once.
+    """
+    itemsize = PRECISIONS[row.precision].itemsize
+    features = row.batch * row.grid**2 * row.dim
+    if row.operation == "attention":
+        tensors = 4 if row.direction == "forward" else 11  # q k v o; then q k v do, dq dk dv
+        size = tensors * features * itemsize
+    else:
+        weights = 12 * row.dim**2
+        size = (2 * features + weights) * itemsize
+        if row.direction == "training":
+            size += (3 * features + 2 * weights) * itemsize  # x dy dx; W dW
+    ceilings = task["ceilings"]
+    floor = max(
+        gflop / ceilings["matmul_gflops"][row.precision], size / 1e9 / ceilings["copy_gbps"]
+    )
+    return {
+        "tflops": gflop / seconds / 1e3,
+        "gbps": size / 1e9 / seconds,
+        "share_of_ceiling": floor / seconds,
+    }
+
+
+def _graph(call: Callable[[], dict[str, Tensor]]) -> Callable[[], None]:
+    """Replays a capture of the call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+def run(operation: str, job: Job, ceilings: dict[str, Any]) -> Result:
+    """All contests of an operation, as far as the time goes; ours that is wrong is a failure."""
+    everything = tasks(operation, ceilings)
+    rows: list[Result] = []
+    failures: list[str] = []
+    result: Result = {"contests": len(everything), "rows": rows, "failures": failures}
+    skips: dict[str, dict[str, str]] = {}
+
+    def key(task: workers.Task) -> str:
+        return "{operation} {precision} {direction} ".format(**task) + task["shape"]["name"]
+
+    def handle(task: workers.Task, answer: workers.Answer) -> workers.Task | None:
+        """Where a worker died, the contest goes on without the contestant it died of."""
+        if answer.result is None:
+            skip = skips.setdefault(key(task), {})
+            if answer.at in ("", "truth", "timing") or answer.at in skip:
+                if not task.get("warm"):
+                    failures.append(f"{key(task)}: {answer.at}: {answer.error}")
+                return None
+            skip[answer.at] = answer.error
+            return task | {"skip": skip}
+        for row in answer.result["rows"]:
+            rows.append(row)
+            if row["role"] == OUR and row["status"] == FAILED:
+                failures.append(f"{key(task)} {row['contestant']}: {row['reason']}")
+        job.save(result)
+        return None
+
+    command = workers.command(part_of(operation), job.device)
+    cores = os.cpu_count() or 2
+    workers.run(
+        command,
+        [task | {"warm": True} for task in everything],
+        handle,
+        count=min(WARM_WORKERS, max(cores // 2, 1)),
+        until=job.until - (1 - WARM_SHARE) * job.seconds,
+        task_seconds=TASK_SECONDS,
+    )
+    left = workers.run(
+        command,
+        [task | {"skip": skips.get(key(task), {})} for task in everything],
+        handle,
+        count=1,
+        until=job.until,
+        task_seconds=TASK_SECONDS,
+    )
+    result["left_out"] = [key(task) for task in left]
+    result["summary"] = summarise([Row(**row) for row in rows])
+    return result
+
+
+def part_of(operation: str) -> str:
+    """The name of the part."""
+    return {"attention": "operators", "block": "blocks"}[operation]
