@@ -1,54 +1,35 @@
 """Our backends against the peers at the shapes of the networks: verified, then timed in turn.
 
-``forward`` is the pass of inference; ``training`` is a forward and a backward pass, with the
-gradients of everything, the bias table too. First several workers run every call once, so that all
-is compiled; then one worker measures, alone on the device.
+First several workers run every call once, so that all is compiled; then one worker measures, alone
+on the device.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffit_kernels import WindowAttentionProblem, use_backend
 from gpu import workers
+from gpu.contestants import DIRECTIONS, Entry, Say, entries
 from gpu.job import Job, Result
 from gpu.precision import PRECISIONS, using
-from gpu.rows import BOUND, OUR, OURS, PEER, Row, summarise
-from harness import Timing, errors, interleave, peak_memory, worst_error
-from operations import Contestant, Tensors, contestants_of
-from peers import PEERS, kernels
-from results import CANNOT_RUN, FAILED, FLOOR, OK
-from shapes import SHAPES, Shape
+from gpu.rows import OUR, OURS, Row, summarise
+from harness import Timing, interleave, peak_memory, worst_error
+from operations import Tensors
+from results import CANNOT_RUN, FAILED, OK
+from shapes import SHAPES
 
-DIRECTIONS = ("forward", "training")
 SECONDS = 0.25  # of rounds for a contest, and again for its graphs
 WARM_SHARE = 0.45  # of the time, to compile
 WARM_WORKERS = 6
 TASK_SECONDS = 120.0
-PLAIN, PLAIN_WITHOUT_BIAS = "eager", kernels.WITHOUT_BIAS[0].name
-WITHOUT_BIAS = tuple(peer.name for peer in kernels.WITHOUT_BIAS)
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A contestant with what its result is held to; a floor is held to nothing."""
-
-    row: Row
-    call: Callable[[], Tensors]
-    gflop: float
-    truth: Tensors | None
-    plain_errors: dict[str, float]
 
 
 def tasks(operation: str, ceilings: dict[str, Any]) -> list[workers.Task]:
@@ -101,95 +82,6 @@ def measure(task: workers.Task, device: torch.device, say: Say = lambda at: None
     return {"rows": [asdict(row) for row in rows.values()]}
 
 
-def entries(
-    task: workers.Task, dtype: torch.dtype, device: torch.device, say: Say
-) -> Iterator[Entry]:
-    """All contestants, ours first, with their truths unless the task is to warm up."""
-    shape, direction = Shape(**task["shape"]), task["direction"]
-    peers = (*PEERS, *kernels.PEERS, *kernels.WITHOUT_BIAS)
-    exact, ours, *others = contestants_of(task["operation"], shape, dtype, device, peers)
-    by_name = {contestant.name: contestant for contestant in others}
-    truth: Tensors | None = None
-    truth_without_bias: Tensors | None = None
-    plain: dict[str, float] = {}
-    plain_without_bias: dict[str, float] = {}
-    if not task.get("warm"):
-        say("truth")
-        with use_backend("reference"):
-            truth = call_of(exact, direction)()
-            plain = errors(call_of(by_name[PLAIN], direction)(), truth)
-            for name, leaf in exact.leaves.items():
-                if name.endswith("table"):
-                    leaf.detach().zero_()
-            truth_without_bias = call_of(_without_table(exact), direction)()
-            plain_peer = _without_table(by_name[PLAIN_WITHOUT_BIAS])
-            plain_without_bias = errors(call_of(plain_peer, direction)(), truth_without_bias)
-
-    row = partial(_row, shape, shape.problem(dtype, device), task)
-    gflop = sum(ours.gflop[part] for part in DIRECTION_PARTS[direction])
-    for backend in OURS:
-        call = call_of(ours, direction, backend)
-        yield Entry(row(backend, OUR), call, gflop, truth, plain)
-    for name, contestant in by_name.items():
-        gflop = sum(contestant.gflop[part] for part in DIRECTION_PARTS[direction])
-        if name in WITHOUT_BIAS:
-            call = call_of(_without_table(contestant), direction)
-            yield Entry(row(name, BOUND), call, gflop, truth_without_bias, plain_without_bias)
-        else:
-            call = call_of(contestant, direction)
-            held = None if name == FLOOR else truth
-            yield Entry(row(name, BOUND if name == FLOOR else PEER), call, gflop, held, plain)
-
-
-DIRECTION_PARTS = {"forward": ("forward",), "training": ("forward", "backward")}
-
-
-def call_of(
-    contestant: Contestant, direction: str, backend: str | None = None
-) -> Callable[[], Tensors]:
-    """What is timed, with its named results; operators run on a backend if one is named."""
-    forward = contestant.call("forward")
-    leaves = list(contestant.leaves.values())
-
-    def training() -> Tensors:
-        outputs = contestant.outputs()
-        grads = torch.autograd.grad(outputs, leaves, contestant.grad_outputs)
-        named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-        return named | dict(zip(contestant.leaves, grads, strict=True))
-
-    call = forward if direction == "forward" else training
-
-    def on_backend() -> Tensors:
-        with use_backend(backend) if backend else nullcontext():
-            return call()
-
-    return on_backend
-
-
-def _without_table(contestant: Contestant) -> Contestant:
-    leaves = {k: leaf for k, leaf in contestant.leaves.items() if not k.endswith("table")}
-    return replace(contestant, leaves=leaves)
-
-
-def _row(
-    shape: Shape, problem: WindowAttentionProblem, task: workers.Task, contestant: str, role: str
-) -> Row:
-    return Row(
-        shape=shape.name,
-        batch=problem.batch,
-        grid=shape.grid,
-        window=shape.window,
-        dim=shape.dim,
-        num_heads=shape.num_heads,
-        precision=task["precision"],
-        operation=task["operation"],
-        direction=task["direction"],
-        contestant=contestant,
-        role=role,
-        status=OK,
-    )
-
-
 def _failed(row: Row, reason: str) -> Row:
     """Whatever stops a peer is its result; ours has no excuse but a dtype that it has not."""
     refused = row.contestant == "cuda" and "is not one of bfloat16, float16" in reason
@@ -217,9 +109,10 @@ def _timed(
     timings = interleave(functions, device, **pace)
     graphs = {}
     if device.type == "cuda":
+        pool = torch.cuda.graph_pool_handle()  # one for all: replays follow one another
         for name, call in functions.items():
             try:
-                graphs[name] = _graph(call)
+                graphs[name] = _graph(call, pool)
             except Exception:  # some peers cannot be captured, which is no fault of their results
                 if workers.is_lost(device):
                     raise
@@ -278,7 +171,7 @@ def _rates(row: Row, gflop: float, seconds: float, task: workers.Task) -> dict[s
     }
 
 
-def _graph(call: Callable[[], dict[str, Tensor]]) -> Callable[[], None]:
+def _graph(call: Callable[[], dict[str, Tensor]], pool: Any) -> Callable[[], None]:
     """Replays a capture of the call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -287,7 +180,7 @@ def _graph(call: Callable[[], dict[str, Tensor]]) -> Callable[[], None]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         call()
     return graph.replay
 

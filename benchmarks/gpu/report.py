@@ -70,7 +70,11 @@ def write(folder: Path, run: dict[str, Any], outcomes: Sequence[Outcome]) -> Non
             writer.writeheader()
             writer.writerows(rows)
     if last.name in ("operators", "blocks") and rows:
-        draw(folder / f"{last.name}.png", [Row(**row) for row in rows], run["device"])
+        path = folder / f"{last.name}.png"
+        try:
+            draw(path, [Row(**row) for row in rows], run["device"])
+        except Exception as error:  # the numbers are written, and parts are still to come
+            print(f"no {path.name}: {error}")
 
 
 def _rows(part: Outcome) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,12 @@ def serve(function: Callable[[Task, Callable[[str], None]], Result]) -> None:
         answers.flush()
 
     for line in sys.stdin:
-        say(result=function(json.loads(line), lambda at: say(at=at)))
+        try:
+            say(result=function(json.loads(line), lambda at: say(at=at)))
+        except Exception as error:
+            traceback.print_exc()
+            print(first_line(error), file=sys.stderr, flush=True)
+            os._exit(1)  # at once: without its device a process may not end in order
 
 
 def is_lost(device: torch.device) -> bool:
