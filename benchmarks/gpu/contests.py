@@ -109,10 +109,11 @@ def _timed(
     timings = interleave(functions, device, **pace)
     graphs = {}
     if device.type == "cuda":
-        pool = torch.cuda.graph_pool_handle()  # one for all: replays follow one another
+        # One for all: replays follow one another, and none reads what another wrote.
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for name, call in functions.items():
             try:
-                graphs[name] = _graph(call, pool)
+                graphs[name] = _graph(call, pool, stream)
             except Exception:  # some peers cannot be captured, which is no fault of their results
                 if workers.is_lost(device):
                     raise
@@ -171,9 +172,10 @@ def _rates(row: Row, gflop: float, seconds: float, task: workers.Task) -> dict[s
     }
 
 
-def _graph(call: Callable[[], dict[str, Tensor]], pool: Any) -> Callable[[], None]:
+def _graph(
+    call: Callable[[], dict[str, Tensor]], pool: Any, stream: torch.cuda.Stream
+) -> Callable[[], None]:
     """Replays a capture of the call."""
-    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -210,6 +212,7 @@ def run(operation: str, job: Job, ceilings: dict[str, Any]) -> Result:
             rows.append(row)
             if row["role"] == OUR and row["status"] == FAILED:
                 failures.append(f"{key(task)} {row['contestant']}: {row['reason']}")
+        result["summary"] = summarise([Row(**row) for row in rows])
         job.save(result)
         return None
 
@@ -231,9 +234,7 @@ def run(operation: str, job: Job, ceilings: dict[str, Any]) -> Result:
         until=job.until,
         task_seconds=TASK_SECONDS,
     )
-    result["left_out"] = [key(task) for task in left]
-    result["summary"] = summarise([Row(**row) for row in rows])
-    return result
+    return result | {"left_out": [key(task) for task in left]}
 
 
 def part_of(operation: str) -> str:

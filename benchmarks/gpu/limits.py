@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import torch
 
 import ceilings
 from gpu.job import Job, Result
 from gpu.precision import PRECISIONS, using
+
+NVIDIA_SMI = (
+    *("name", "driver_version", "memory.total", "power.limit", "temperature.gpu"),
+    *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
+)
 
 
 def measure(device: torch.device, precisions: tuple[str, ...] = tuple(PRECISIONS)) -> Result:
@@ -18,9 +26,23 @@ def measure(device: torch.device, precisions: tuple[str, ...] = tuple(PRECISIONS
             found = ceilings.measure(device, [dtype])
         (matmul[precision],) = found.matmul_gflops.values()
         copies.append(found.copy_gbps)
-    return {"matmul_gflops": matmul, "copy_gbps": max(copies), "failures": []}
+    return {"matmul_gflops": matmul, "copy_gbps": max(copies)}
 
 
 def run(job: Job) -> Result:
-    """All precisions."""
-    return measure(job.device)
+    """All precisions, and the state of the device after them."""
+    return {**measure(job.device), "nvidia_smi": nvidia_smi(), "failures": []}
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks and power of the first device, as they are."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    query = [tool, f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return {}
+    values = done.stdout.splitlines()[0].split(", ") if done.stdout.strip() else []
+    return dict(zip(NVIDIA_SMI, values, strict=False))

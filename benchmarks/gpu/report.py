@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -16,15 +14,12 @@ import torch
 
 import device as machine
 from gpu.job import write_json
+from gpu.limits import nvidia_smi
 from gpu.rows import OURS, Row, best_peer, contests, named, speedup
 from gpu.schedule import OK, Outcome
 from table import DTYPES
 
 COLORS = {"triton": "#4c78a8", "cuda": "#e8792b"}
-NVIDIA_SMI = (
-    *("name", "driver_version", "memory.total", "power.limit", "temperature.gpu"),
-    *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
-)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -40,22 +35,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         description["capability"] = f"{properties.major}.{properties.minor}"
         description["multiprocessors"] = properties.multi_processor_count
         description["memory_gib"] = properties.total_memory / 2**30
-    description |= {f"nvidia_smi_{name}": value for name, value in _nvidia_smi().items()}
+    description |= {f"nvidia_smi_{name}": value for name, value in nvidia_smi().items()}
     return description
-
-
-def _nvidia_smi() -> dict[str, str]:
-    """Driver, clocks and power of the first device, as they are."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return {}
-    query = [tool, f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return {}
-    values = done.stdout.splitlines()[0].split(", ") if done.stdout.strip() else []
-    return dict(zip(NVIDIA_SMI, values, strict=False))
 
 
 def write(folder: Path, run: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
@@ -78,7 +59,7 @@ def write(folder: Path, run: dict[str, Any], outcomes: Sequence[Outcome]) -> Non
 
 
 def _rows(part: Outcome) -> list[dict[str, Any]]:
-    if part.name == "ceilings" and part.result:
+    if part.name == "ceilings" and "matmul_gflops" in part.result:
         matmul = part.result["matmul_gflops"].items()
         rows = [{"ceiling": f"matmul {name}", "10^9 per s": value} for name, value in matmul]
         return [*rows, {"ceiling": "copy, bytes", "10^9 per s": part.result["copy_gbps"]}]
@@ -158,7 +139,7 @@ def tables(outcomes: Sequence[Outcome]) -> list[str]:
     """The numbers that matter most, as lines."""
     lines: list[str] = []
     for part in outcomes:
-        if part.name == "ceilings" and part.result:
+        if part.name == "ceilings" and "matmul_gflops" in part.result:
             matmul = part.result["matmul_gflops"].items()
             rates = ", ".join(f"{name} {value / 1e3:.0f}" for name, value in matmul)
             copy = part.result["copy_gbps"]

@@ -115,8 +115,8 @@ def run(job: Job) -> Result:
             result["failures"].append(
                 "{operator} {backend} {precision} {case}: {reason}".format(**row)
             )
-        if len(rows) % 20 == 0:
-            job.save(result)
+        result["worst"] = worst(rows)
+        job.save(result)
 
     left = workers.run(
         workers.command("rule", job.device),
@@ -126,9 +126,7 @@ def run(job: Job) -> Result:
         until=job.until,
         task_seconds=TASK_SECONDS,
     )
-    result["left_out"] = len(left)
-    result["worst"] = worst(rows)
-    return result
+    return result | {"left_out": len(left)}
 
 
 def worst(rows: list[Result]) -> list[Result]:
