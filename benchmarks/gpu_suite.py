@@ -105,15 +105,14 @@ def run(
     """Run the parts, write and print what they found; the exit code."""
     path = os.pathsep.join([str(ROOT), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "PYTHONUNBUFFERED": "1"}
+    description = report.describe(device)
     settings = {
         "command": " ".join(["python benchmarks/gpu_suite.py", *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "minutes": minutes,
-        "device": report.describe(device),
+        "device": description,
     }
-    print(
-        "{device}, torch {torch}, {minutes:g} minutes".format(**settings["device"], minutes=minutes)
-    )
+    print("{device}, torch {torch}".format(**description) + f", {minutes:g} minutes")
     outcomes: list[schedule.Outcome] = []
     report.write(out, settings, outcomes)
     for outcome in schedule.run(parts, 60 * minutes, environment, ROOT):

@@ -7,43 +7,34 @@ measures tasks that it reads from its input instead, as a worker of its part.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from gpu import commands, contests, limits, rule, sanitizer, workers
-from gpu.job import Job, Result
+from gpu import workers
+from gpu.job import Job
 
-
-def parts(args: argparse.Namespace) -> dict[str, Callable[[Job], Result]]:
-    """By name, what runs a part."""
-    measured = json.loads(args.ceilings.read_text()) if args.ceilings else None
-
-    def contest(operation: str, job: Job) -> Result:
-        return contests.run(operation, job, measured or limits.measure(job.device))
-
-    return {
-        "build": commands.build,
-        "ceilings": limits.run,
-        "rule": rule.run,
-        "operators": partial(contest, "attention"),
-        "blocks": partial(contest, "block"),
-        "tests": commands.run_tests,
-        "sanitizer": sanitizer.run,
-        "tune": partial(commands.tune, table=args.table),
-    }
+# By part, its module, which is loaded for it alone, and the function there.
+PARTS = {
+    "build": ("commands", "build"),
+    "ceilings": ("limits", "run"),
+    "rule": ("rule", "run"),
+    "operators": ("contests", "operators"),
+    "blocks": ("contests", "blocks"),
+    "tests": ("commands", "run_tests"),
+    "sanitizer": ("sanitizer", "run"),
+    "tune": ("commands", "tune"),
+}
 
 
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
-    parser.add_argument("part")
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--until", type=float, default=time.time() + 60, help="in time.time()")
     parser.add_argument("--out", type=Path, default=Path("result.json"))
@@ -53,14 +44,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.part == "rule":  # it asks for deterministic algorithms, and cuBLAS for this
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    name, function = PARTS[args.part]
+    module = import_module(f"gpu.{name}")
     if args.serve:
-        measure = {"rule": lambda task, say: rule.measure(task, args.device)}.get(
-            args.part, lambda task, say: contests.measure(task, args.device, say)
-        )
-        workers.serve(measure)
+        workers.serve(lambda task, say: module.measure(task, args.device, say))
         return 0
-    job = Job(args.device, args.until, args.out)
-    result = parts(args)[args.part](job)
+    job = Job(args.device, args.until, args.out, args.ceilings, args.table)
+    result = getattr(module, function)(job)
     job.save(result)
     for failure in result["failures"]:
         print(failure)

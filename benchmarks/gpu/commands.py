@@ -141,10 +141,10 @@ def counts(junit: str) -> Result:
 # --- the tuning sweep
 
 
-def tune(job: Job, table: Path) -> Result:
-    """``python -m diffit_kernels.tune`` for the time there is; its table goes to ``table``."""
+def tune(job: Job) -> Result:
+    """``python -m diffit_kernels.tune`` for the time there is; its table goes to ``job.table``."""
     minutes = max(job.seconds - END_SECONDS, 0) / 60
-    command = [sys.executable, "-m", "diffit_kernels.tune", "--out", str(table)]
+    command = [sys.executable, "-m", "diffit_kernels.tune", "--out", str(job.table)]
     code, output = execute([*command, "--minutes", f"{minutes:.2f}"], job.seconds)
     result: Result = {"failures": [], "output": last_lines(output)}
     if code != 0:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import workers
+from gpu import limits, workers
 from gpu.contestants import DIRECTIONS, Entry, Say, entries
 from gpu.job import Job, Result
 from gpu.precision import PRECISIONS, using
-from gpu.rows import OUR, OURS, Row, summarise
+from gpu.rows import OUR, Row, summarise
 from harness import Timing, interleave, peak_memory, worst_error
 from operations import Tensors
 from results import CANNOT_RUN, FAILED, OK
@@ -131,10 +131,11 @@ def _timed(
             p10_ms=1e3 * low,
             p90_ms=1e3 * high,
             graph_ms=1e3 * replay.median if replay else None,
-            **{f"time_over_{ours}": _ratio(timings, ours, timing) for ours in OURS},
-            **_rates(rows[name], calls[name].gflop, seconds, task),
+            time_over_triton=_ratio(timings, "triton", timing),
+            time_over_cuda=_ratio(timings, "cuda", timing),
             peak_mib=peak_memory(functions[name], device) / 2**20,
         )
+        found[name] = _with_rates(found[name], calls[name].gflop, seconds, task)
     sdpa = found.get("sdpa")
     if sdpa is not None and sdpa.peak_mib:
         for name, row in found.items():
@@ -146,7 +147,7 @@ def _ratio(timings: dict[str, Timing], ours: str, other: Timing) -> float | None
     return timings[ours].ratio(other) if ours in timings else None
 
 
-def _rates(row: Row, gflop: float, seconds: float, task: workers.Task) -> dict[str, float]:
+def _with_rates(row: Row, gflop: float, seconds: float, task: workers.Task) -> Row:
     """Operations and bytes per second, and the time that the ceilings leave over the time taken.
 
     Bytes are the fewest: each tensor of the operation read or written once.
@@ -165,11 +166,12 @@ def _rates(row: Row, gflop: float, seconds: float, task: workers.Task) -> dict[s
     floor = max(
         gflop / ceilings["matmul_gflops"][row.precision], size / 1e9 / ceilings["copy_gbps"]
     )
-    return {
-        "tflops": gflop / seconds / 1e3,
-        "gbps": size / 1e9 / seconds,
-        "share_of_ceiling": floor / seconds,
-    }
+    return replace(
+        row,
+        tflops=gflop / seconds / 1e3,
+        gbps=size / 1e9 / seconds,
+        share_of_ceiling=floor / seconds,
+    )
 
 
 def _graph(
@@ -187,9 +189,18 @@ def _graph(
     return graph.replay
 
 
-def run(operation: str, job: Job, ceilings: dict[str, Any]) -> Result:
-    """All contests of an operation, as far as the time goes; ours that is wrong is a failure."""
-    everything = tasks(operation, ceilings)
+def operators(job: Job) -> Result:
+    """Attention, as far as the time goes; one of ours that is wrong is a failure."""
+    return _run("attention", job)
+
+
+def blocks(job: Job) -> Result:
+    """The transformer block, likewise."""
+    return _run("block", job)
+
+
+def _run(operation: str, job: Job) -> Result:
+    everything = tasks(operation, limits.known(job))
     rows: list[Result] = []
     failures: list[str] = []
     result: Result = {"contests": len(everything), "rows": rows, "failures": failures}
@@ -216,7 +227,7 @@ def run(operation: str, job: Job, ceilings: dict[str, Any]) -> Result:
         job.save(result)
         return None
 
-    command = workers.command(part_of(operation), job.device)
+    command = workers.command("operators", job.device)  # blocks have the same
     cores = os.cpu_count() or 2
     workers.run(
         command,
@@ -235,8 +246,3 @@ def run(operation: str, job: Job, ceilings: dict[str, Any]) -> Result:
         task_seconds=TASK_SECONDS,
     )
     return result | {"left_out": [key(task) for task in left]}
-
-
-def part_of(operation: str) -> str:
-    """The name of the part."""
-    return {"attention": "operators", "block": "blocks"}[operation]

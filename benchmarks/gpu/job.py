@@ -17,11 +17,16 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a part. ``until`` is in seconds of ``time.time()``; the result goes to ``out``."""
+    """One run of a part. ``until`` is in seconds of ``time.time()``; the result goes to ``out``.
+
+    ``ceilings`` is what the part of that name found, if it did; ``table`` where that of tune goes.
+    """
 
     device: torch.device
     until: float
     out: Path
+    ceilings: Path | None = None
+    table: Path = Path("table.json")
 
     @property
     def seconds(self) -> float:

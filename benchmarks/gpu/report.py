@@ -77,7 +77,7 @@ def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import patches, pyplot
 
     panels = list(dict.fromkeys((row.precision, row.direction) for row in rows))
     shapes = list(dict.fromkeys(row.shape for row in rows))
@@ -102,7 +102,7 @@ def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.margins(y=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
+    handles = [patches.Patch(color=color) for color in COLORS.values()]
     axes[0, 0].legend(handles, list(COLORS), loc="upper right", ncols=2, frameon=False)
     axes[-1, 0].set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
     figure.supylabel("time of the best peer / ours   (line: replays of CUDA graphs)", fontsize=10)
@@ -113,26 +113,29 @@ def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
 
 def part_line(part: Outcome) -> str:
     """What became of a part, in one line."""
-    result = part.result
-    said = {
-        "build": result.get("backend", ""),
-        "rule": f"{len(result.get('rows', []))} of {result.get('cases', '?')} cases",
-        "operators": _contests(part),
-        "blocks": _contests(part),
-        "tests": f"{result.get('passed', '?')} passed, {len(result.get('failed', []))} failed",
-        "sanitizer": result.get("tool", ""),
-    }.get(part.name, "")
-    failures = result.get("failures", [])
+    failures = part.result.get("failures", [])
     note = f"{len(failures)} failures: {failures[0]}" if failures else ""
     if part.status != OK and not note:
         note = part.error[-1] if part.error else ""
-    cells = (f"{part.name:10}", f"{part.status:9}", f"{part.seconds:6.1f} s", said, note)
+    cells = (f"{part.name:10}", f"{part.status:9}", f"{part.seconds:6.1f} s", _reached(part), note)
     return "  ".join(cell for cell in cells if cell)
 
 
-def _contests(part: Outcome) -> str:
-    rows = [Row(**row) for row in part.result.get("rows", [])]
-    return f"{len(contests(rows))} of {part.result.get('contests', '?')} contests"
+def _reached(part: Outcome) -> str:
+    """How far a part came."""
+    result = part.result
+    if part.name == "build":
+        return f"cuda: {result.get('backend', '?')}"
+    if part.name == "rule":
+        return f"{len(result.get('rows', []))} of {result.get('cases', '?')} cases"
+    if part.name in ("operators", "blocks"):
+        held = contests(Row(**row) for row in result.get("rows", []))
+        return f"{len(held)} of {result.get('contests', '?')} contests"
+    if part.name == "tests":
+        return f"{result.get('passed', '?')} passed, {len(result.get('failed', []))} failed"
+    if part.name == "sanitizer":
+        return f"compute-sanitizer: {result.get('tool', '?')}"
+    return ""
 
 
 def tables(outcomes: Sequence[Outcome]) -> list[str]:

@@ -100,7 +100,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ratios = {contest[0].shape: speedup(contest, ours) or 0.0 for contest in group}
         graphs = [ratio for c in group if (ratio := speedup(c, ours, graphs=True)) is not None]
         slowest = min(ratios, key=lambda shape: ratios[shape])
-        mine = [row for contest in group if (row := named(contest, ours)) is not None]
+        mine = [own for contest in group if (own := named(contest, ours)) is not None]
         shares = [row.share_of_ceiling for row in mine if row.share_of_ceiling is not None]
         peaks = [row.peak_over_sdpa for row in mine if row.peak_over_sdpa is not None]
         found.append(

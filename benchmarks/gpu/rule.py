@@ -76,10 +76,13 @@ def _attention(window: tuple[tuple[int, int], tuple[int, int]], head_dim: int) -
     return {"window": shape, "head_dim": head_dim, "windows": windows}
 
 
-def measure(task: dict[str, Any], device: torch.device) -> Result:
+def measure(
+    task: dict[str, Any], device: torch.device, say: Callable[[str], None] = lambda at: None
+) -> Result:
     """The row of one case: the largest error over what is allowed, and where it is."""
     row = task | EMPTY
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    say(task["operator"])
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010 - a property
     # What has no deterministic implementation is plain PyTorch's.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -88,10 +91,10 @@ def measure(task: dict[str, Any], device: torch.device) -> Result:
             plain, truth = (_to_cpu(outputs()) for outputs in references)
             with use_backend(task["backend"]):
                 got = _to_cpu(operator())
-        error, row["where"] = worst_error(got, truth, errors(plain, truth))
-        row["error_over_allowed"] = error
-        if not error <= 1:
-            row |= {"status": FAILED, "reason": f"{error:.3g} times what is allowed"}
+        share, row["where"] = worst_error(got, truth, errors(plain, truth))
+        row["error_over_allowed"] = share
+        if not share <= 1:
+            row |= {"status": FAILED, "reason": f"{share:.3g} times what is allowed"}
     except Exception as error:
         if workers.is_lost(device):
             raise

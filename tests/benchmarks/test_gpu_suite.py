@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 import gpu_suite
+from gpu import __main__ as parts
 from gpu.schedule import Part
 
 CPU = torch.device("cpu")
@@ -82,6 +84,12 @@ def test_parts_are_commands_that_know_the_ceilings_once_there_are_some(tmp_path:
     assert "--ceilings" not in command
     ceilings.write_text("{}")
     assert part.command(1.5, tmp_path)[-4:-2] == ["--ceilings", str(ceilings)]
+
+
+def test_every_part_has_a_function() -> None:
+    assert list(parts.PARTS) == list(gpu_suite.WEIGHTS)
+    for module, function in parts.PARTS.values():
+        assert callable(getattr(import_module(f"gpu.{module}"), function))
 
 
 def script(name: str, text: str) -> Part:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -10,16 +10,19 @@ from diffit_kernels import dispatch, reference
 
 
 def stand_in(
-    monkeypatch: pytest.MonkeyPatch, cuda: ModuleType | SimpleNamespace = reference
+    monkeypatch: pytest.MonkeyPatch,
+    triton: ModuleType | str = reference,
+    cuda: ModuleType | str = reference,
 ) -> None:
-    """``triton`` is the reference, and ``cuda`` it too or another."""
-    monkeypatch.setitem(dispatch._BACKENDS, "triton", reference)
+    """Each is the reference, or another module, or the reason why there is none."""
+    monkeypatch.setitem(dispatch._BACKENDS, "triton", triton)
     monkeypatch.setitem(dispatch._BACKENDS, "cuda", cuda)
 
 
-def wrong() -> SimpleNamespace:
+def wrong() -> ModuleType:
     """The reference with every output of attention a hundredth too large."""
-    module = SimpleNamespace(**vars(reference), __name__="wrong")
+    module = ModuleType("wrong")
+    vars(module).update(vars(reference))
 
     def window_attention(*arguments: object) -> object:
         out, lse = reference.window_attention(*arguments)

@@ -91,7 +91,6 @@ def test_what_handles_answers_may_fail() -> None:
 def test_the_workers_of_a_part_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what their libraries print does not mix with their answers."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{BENCHMARKS}")
-    monkeypatch.setenv("TORCH_LOGS", "")
     task = {
         "operator": "window_attention",
         "backend": "reference",
