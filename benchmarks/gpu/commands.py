@@ -125,6 +125,7 @@ def run_tests(job: Job, paths: Sequence[str] = TESTS) -> Result:
 def counts(junit: str) -> Result:
     """How many tests passed and were skipped, and which failed, from pytest's report."""
     cases = list(ElementTree.fromstring(junit).iter("testcase"))
+    cases = [case for case in cases if case.get("name")]  # an interrupted test has no name
     failed = [
         f"{case.get('classname')}::{case.get('name')}"
         for case in cases

@@ -19,7 +19,7 @@ from tests.benchmarks.gpu.stand_in import stand_in
 CPU = torch.device("cpu")
 
 
-def job(tmp_path: Path, seconds: float = 30) -> Job:
+def job(tmp_path: Path, seconds: float = 60) -> Job:
     return Job(CPU, time.time() + seconds, tmp_path / "out.json")
 
 
@@ -120,16 +120,18 @@ def test_tests_are_counted_and_named(tmp_path: Path, alone: None) -> None:
     assert result["failures"] == result["failed"]
 
 
-def test_tests_that_take_too_long_are_counted_so_far(
+def test_tests_that_are_interrupted_are_counted_so_far(
     tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By Ctrl-C, as ``execute`` does it when the time is over; it then gives no exit code."""
     path = tmp_path / "test_some.py"
-    path.write_text("import time\ndef test_one(): pass\ndef test_two(): time.sleep(60)")
-    monkeypatch.setattr(commands, "END_SECONDS", 5.0)
-    result = commands.run_tests(job(tmp_path, 8), [str(path)])
+    path.write_text("def test_one(): pass\ndef test_two(): raise KeyboardInterrupt")
+    execute = commands.execute
+    monkeypatch.setattr(commands, "execute", lambda *given: (None, execute(*given)[1]))
+    result = commands.run_tests(job(tmp_path), [str(path)])
     assert result["complete"] is False
-    assert result["passed"] >= 1
-    assert result["failures"][-1] == "the tests did not end in their time"
+    assert (result["passed"], result["failed"]) == (1, [])
+    assert result["failures"] == ["the tests did not end in their time"]
 
 
 def test_no_tests_are_a_failure(tmp_path: Path, alone: None) -> None:
@@ -163,7 +165,7 @@ def test_tuning_is_a_command_whose_failure_is_told(
         "import sys\n"
         "given = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
         "open(given['--out'], 'w').write('[]')\n"
-        "assert 0 < float(given['--minutes']) < 0.5\n"
+        "assert 0 < float(given['--minutes']) < 1\n"
     )
     assert commands.tune(given)["failures"] == []
     assert table.read_text() == "[]"
