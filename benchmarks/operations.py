@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from diffit.nn import DiffiTBlock
 from diffit_kernels import WindowAttentionProblem, use_backend, window_attention
 from harness import errors
 from inputs import image_tokens, time_tokens
-from peers import PEERS, PeerBlock, eager, peer_attention
+from peers import PEERS, Peer, PeerBlock, eager, peer_attention
 from results import FLOOR, OURS
 from shapes import Shape
 
@@ -81,11 +81,22 @@ def build(operation: str, shape: Shape, dtype: torch.dtype, device: torch.device
     The truth is the reference backend in float64, on inputs that were rounded to ``dtype``. Plain
     PyTorch is the eager peer.
     """
-    problem = shape.problem(dtype, device)
-    make = {"attention": _attention, "block": _block}[operation]
-    exact, *contestants = make(problem, *layer_data(shape, problem))
+    exact, *contestants = contestants_of(operation, shape, dtype, device, PEERS)
     plain = next(contestant for contestant in contestants if contestant.name == eager.PEER.name)
     return Case(contestants, *judge(exact, plain))
+
+
+def contestants_of(
+    operation: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    peers: Sequence[Peer],
+) -> list[Contestant]:
+    """The truth, ours and these peers; of a block also its products alone."""
+    problem = shape.problem(dtype, device)
+    make = {"attention": _attention, "block": _block}[operation]
+    return make(problem, peers, *layer_data(shape, problem))
 
 
 def judge(
@@ -129,7 +140,12 @@ def layer_data(
 
 
 def _attention(
-    problem: WindowAttentionProblem, block: DiffiTBlock, x: Tensor, temb: Tensor, grad: Tensor
+    problem: WindowAttentionProblem,
+    peers: Sequence[Peer],
+    block: DiffiTBlock,
+    x: Tensor,
+    temb: Tensor,
+    grad: Tensor,
 ) -> list[Contestant]:
     """The truth, ours and the peers; leaves are qkv, the table and the row of each sample."""
     attn, dim = block.attn, problem.dim
@@ -164,13 +180,18 @@ def _attention(
         contestant(OURS, ours, leaves),
         *(
             contestant(peer.name, peer_attention(peer, problem), leaves, peer.compiled)
-            for peer in PEERS
+            for peer in peers
         ),
     ]
 
 
 def _block(
-    problem: WindowAttentionProblem, block: DiffiTBlock, x: Tensor, temb: Tensor, grad: Tensor
+    problem: WindowAttentionProblem,
+    peers: Sequence[Peer],
+    block: DiffiTBlock,
+    x: Tensor,
+    temb: Tensor,
+    grad: Tensor,
 ) -> list[Contestant]:
     """The truth, ours, the peers and the floor; leaves are x, temb and the parameters."""
     temb_dim = temb.shape[1]
@@ -193,7 +214,7 @@ def _block(
                 PeerBlock(peer, problem, temb_dim, block.state_dict()),
                 compiled=peer.compiled,
             )
-            for peer in PEERS
+            for peer in peers
         ),
         _floor(problem, block, x),
     ]

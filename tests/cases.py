@@ -138,15 +138,15 @@ class AttentionCase:
         return {name: tensor.cpu() for name, tensor in outputs.items()}
 
     @cache
-    def plain(self) -> Tensors:
+    def plain(self, device: str = "cpu") -> Tensors:
         """The equations in PyTorch, differentiated by autograd, in the dtype of the case."""
-        case = replace(self, device="cpu")
+        case = replace(self, device=device)
         return case._outputs(partial(_plain_attention, case))
 
     @cache
-    def truth(self) -> Tensors:
+    def truth(self, device: str = "cpu") -> Tensors:
         """The equations in float64 on the same rounded inputs."""
-        case = replace(self, device="cpu")
+        case = replace(self, device=device)
         exact = replace(case, dtype=torch.float64)
         return case._outputs(partial(_plain_attention, exact), torch.Tensor.double)
 
@@ -241,14 +241,14 @@ class MLPCase:
         return self._outputs(dk.mlp, convert, draws)
 
     @cache
-    def plain(self) -> Tensors:
+    def plain(self, convert: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensors:
         """Linear, GELU, Linear of PyTorch in the dtype of the case."""
-        return self._outputs(plain_mlp)
+        return self._outputs(plain_mlp, convert)
 
     @cache
-    def truth(self) -> Tensors:
+    def truth(self, convert: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensors:
         """The same in float64 on the same rounded inputs."""
-        return self._outputs(plain_mlp, torch.Tensor.double)
+        return self._outputs(plain_mlp, lambda x: convert(x).double())
 
     def _outputs(
         self,
@@ -325,14 +325,14 @@ class AddLayerNormCase:
         return self._outputs(dk.add_layer_norm, convert, draws)
 
     @cache
-    def plain(self) -> Tensors:
+    def plain(self, convert: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensors:
         """Addition and layer norm of PyTorch in the dtypes of the case."""
-        return self._outputs(plain_add_layer_norm)
+        return self._outputs(plain_add_layer_norm, convert)
 
     @cache
-    def truth(self) -> Tensors:
+    def truth(self, convert: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensors:
         """The same in float64 on the same rounded inputs."""
-        return self._outputs(plain_add_layer_norm, torch.Tensor.double)
+        return self._outputs(plain_add_layer_norm, lambda x: convert(x).double())
 
     def _outputs(
         self,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from tests.backends import BACKENDS, FASTEST, running_on
+
+# On a GPU, deterministic algorithms need this of cuBLAS before its first call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(params=BACKENDS)
