@@ -68,7 +68,7 @@ ABLATIONS: dict[str, Preset] = {
     # Where time enters.
     "diffit_cifar10_32_time_bias":      _cifar10( 25.6,   7.0, 3.97, time_entry="bias"),
     "diffit_cifar10_32_time_mlp":       _cifar10( 24.4,   7.0, 3.81, time_entry="mlp"),
-    "diffit_emoji_32_time_bias":        _emoji(    2.0,   0.5, None, time_entry="bias"),
+    "diffit_emoji_32_time_bias":        _emoji(    2.6,   0.5, None, time_entry="bias"),
     "diffit_emoji_32_time_mlp":         _emoji(    1.9,   0.5, None, time_entry="mlp"),
     # Attention on the time token apart from that on the spatial tokens.
     "diffit_cifar10_32_separate_token": _cifar10( 24.4,   7.0, 2.28, time_entry="separate"),

@@ -79,6 +79,7 @@ EMOJI = {
     "augment_dim": 9,
     "channels": (64, 96, 128),
     "depths": (1, 1, 2),
+    "window_size": 8,  # all of the lowest resolution
     "temb_dim": 192,
 }
 # The widths of DiT (Peebles and Xie 2023, table 1); XL is the default.
