@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from diffit.cli import data, info, models, sample, viz
+from diffit.cli import data, evaluate, info, models, sample, viz
 
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
 LONGEST_MESSAGE = 500
@@ -33,6 +33,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "sample": sample,
+    "evaluate": evaluate,
     "viz": viz,
     "models": models,
     "data": data,
