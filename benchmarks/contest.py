@@ -70,6 +70,7 @@ def hold(
         warm_up=pace.warm_up,
     )
     gflop = {contestant.name: contestant.gflop[direction] for contestant in case.contestants}
+    measured = direction in ("forward", "training")
     for name, timing in timings.items():
         gflops = gflop[name] / timing.median
         low, high = timing.spread
@@ -82,7 +83,7 @@ def hold(
             time_over_ours=timings[OURS].ratio(timing) if OURS in timings else None,
             gflops=gflops,
             share_of_matmul=gflops / matmul_gflops,
-            peak_mib=peak_memory(calls[name], device) / 2**20 if direction == "forward" else None,
+            peak_mib=peak_memory(calls[name], device) / 2**20 if measured else None,
         )
     return list(rows.values())
 

@@ -192,7 +192,7 @@ def obstacle(
         return f"needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
     contestants = 3 + 2 * compiling + issubclass(task.preset.network, LatentDiffiT)
     # Each is verified, timed, and called for its peak; for the truth, plain PyTorch runs once.
-    calls = contestants * (1 + FULL_PACE.min_rounds + (task.direction == "forward")) + 1
+    calls = contestants * (1 + FULL_PACE.min_rounds + (task.direction != "sampling")) + 1
     seconds = task.gflop * (calls / speeds[dtype] + 1 / speeds["float64"])
     if seconds > seconds_left:
         return f"would last about {seconds:.0f} s, longer than was left of --minutes"

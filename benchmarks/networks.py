@@ -1,7 +1,7 @@
 """Whole networks: their weights and inputs, what is timed of them, its truth and the contestants.
 
-``forward``: one evaluation without gradients. ``training``: an evaluation and the gradients of all
-parameters. ``sampling``: a whole sampling loop.
+``forward``: one evaluation without gradients. ``training``: an evaluation, the gradients of all
+parameters and, where it is timed, Adam's update. ``sampling``: a whole sampling loop.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -177,6 +177,13 @@ def build(task: Task, dtype: torch.dtype, device: torch.device) -> Case:
         sizes = [False] if guidance(task.preset) is None else [False, True]
     inputs = [evaluation_inputs(network, task.batch, size, dtype, device) for size in sizes]
 
+    judged = network
+
+    @cache
+    def adam(network: nn.Module) -> torch.optim.Adam:
+        """One for all that share parameters: two sets of moments may not fit into memory."""
+        return torch.optim.Adam(network.parameters(), lr=0.0)  # they stay as they are
+
     def contestant(name: str, network: nn.Module, compiled: bool = False) -> Contestant:
         dtype = next(network.parameters()).dtype
         fed = [[inputs_of(value, dtype) for value in values] for values in inputs]
@@ -191,10 +198,13 @@ def build(task: Task, dtype: torch.dtype, device: torch.device) -> Case:
             {task.direction: task.gflop},
             compiled,
         )
-        if task.direction != "sampling":
-            return made
-        loop = partial(sample, network, task.preset, task.batch, task.steps)
-        return replace(made, timed=lambda: {"images": loop()})
+        if task.direction == "training":
+            updated = network if name == OTHER else judged
+            return replace(made, timed=_updating(made, updated, adam(updated)))
+        if task.direction == "sampling":
+            loop = partial(sample, network, task.preset, task.batch, task.steps)
+            return replace(made, timed=lambda: {"images": loop()})
+        return made
 
     plain = contestant(eager.PEER.name, peer_network(network, eager.PEER))
     truth, plain_errors = _judge(contestant("truth", deepcopy(network).double()), plain, task)
@@ -210,6 +220,22 @@ def build(task: Task, dtype: torch.dtype, device: torch.device) -> Case:
     if isinstance(network, LatentDiffiT) and find_spec("diffusers") is not None:
         contestants.append(contestant(OTHER, DiffusersDiT(network, dtype, device)))
     return Case(contestants, {task.direction: truth}, {task.direction: plain_errors})
+
+
+def _updating(
+    made: NetworkContestant, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[], Tensors]:
+    """A training step with the update of the parameters."""
+
+    def step() -> Tensors:
+        grads = made.call("training")()
+        for name, parameter in network.named_parameters():
+            parameter.grad = grads[name]
+        optimizer.step()
+        optimizer.zero_grad()
+        return grads
+
+    return step
 
 
 def _judge(exact: Contestant, plain: Contestant, task: Task) -> tuple[Tensors, dict[str, float]]:
@@ -262,4 +288,6 @@ def memory_estimate(task: Task, dtype: torch.dtype) -> int:
     kept = sum(activations) if training else max(activations)
     # At most while the truth is computed, and plain PyTorch beside it.
     weights = parameters * (8 + dtype.itemsize) * (2 if training else 1)
+    if training:  # moments, also of the DiT
+        weights += 4 * parameters * dtype.itemsize
     return weights + 8 * samples * kept

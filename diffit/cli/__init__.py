@@ -8,12 +8,14 @@ an error there, which becomes one line and the exit code 2.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from diffit.cli import data, evaluate, info, models, sample, viz
+from diffit.cli import data, encode, evaluate, info, models, sample, train, viz
 
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
 LONGEST_MESSAGE = 500
@@ -33,10 +35,12 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "sample": sample,
+    "train": train,
     "evaluate": evaluate,
     "viz": viz,
     "models": models,
     "data": data,
+    "data encode": encode,
     "info": info,
 }
 
@@ -61,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(
             commands.add_parser(name, help=command.HELP, description=command.HELP)
         )
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(words[:2]) in COMMANDS:
+        words[:2] = [" ".join(words[:2])]
+    arguments = parser.parse_args(words)
+    _quiet_libraries()
     try:
         COMMANDS[arguments.command].run(arguments)
     except KeyboardInterrupt as interrupt:
@@ -72,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"diffit {arguments.command}: {message}", file=sys.stderr)
     return code
+
+
+def _quiet_libraries() -> None:
+    """No advice and no retries of the hub's libraries: what fails is told in one line."""
+    for variable in ("HF_HUB_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")  # read when they are imported
+    warnings.filterwarnings("ignore", module="huggingface_hub")
 
 
 def _one_line(error: Exception) -> str:

@@ -18,9 +18,9 @@ from diffit.cli.seeds import format_seeds
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffit.cli.ranks import Ranks
     from diffit.evaluation import FeatureSet, PictureSet, Reference, StoredStatistics
     from diffit.evaluation.features import Extractor
+    from diffit.ranks import Ranks
 
 HELP = "measure pictures against a reference: Frechet distance, precision, recall, inception score"
 BATCH_SIZE = 32  # of pictures on disk
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from diffit.cli.gallery import replacing
     from diffit.cli.machine import pick_device
-    from diffit.cli.ranks import ranks
     from diffit.evaluation import create_extractor, measure, write_statistics
+    from diffit.ranks import ranks
 
     _require_sensible(arguments)
     with ranks() as peers:

@@ -40,6 +40,8 @@ class Gallery:
     """
 
     def __init__(self, out: str) -> None:
+        if not out:
+            raise ValueError("--out: expected a file or a folder, got ''")
         self.path = Path(out)
         is_folder = self.path.is_dir() or out.endswith(os.sep) or not self.path.suffix
         if not is_folder and self.path.suffix not in WRITERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from diffit.cli.gallery import Gallery, Note
     from diffit.cli.networks import Found
     from diffit.cli.pictures import Batch, Painter
-    from diffit.cli.ranks import Ranks
     from diffit.models import Sampling
+    from diffit.ranks import Ranks
 
 HELP = "sample pictures: a grid, single PNGs, or an npz for evaluators"
 STEPS = {"edm": 18, "ddpm": 250, "ddim": 50, "dpm++": 25}  # where they are not the preset's
@@ -30,8 +31,11 @@ def _positive(text: str) -> int:
 
 
 def _finite(text: str) -> float:
-    number = float(text)
-    if not abs(number) < float("inf"):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
     return number
 
@@ -95,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         KeyboardInterrupt: says what is kept.
     """
     from diffit.cli.gallery import Gallery
-    from diffit.cli.ranks import ranks
+    from diffit.ranks import ranks
 
     gallery = Gallery(arguments.out)
     with ranks() as peers:
@@ -149,6 +153,7 @@ class Plan:
                 with explained(len(batch)):
                     painted = self.painter.paint(batch, classes, partial(bar.update, share))
                 yield batch, painted
+                bar.update(done + len(batch) - bar.n)  # shares do not add up exactly
 
 
 def make_plan(arguments: argparse.Namespace, peers: Ranks) -> Plan:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 MOST_SEEDS = 10_000_000
-LARGEST_SEED = 2**63 - 1
+LARGEST_SEED = 2**32 - 1  # of diffit.diffusion.noise, which imports PyTorch
 NO_CLASS = "none"
 
 # Of examples/data/emoji32.zip.

@@ -64,5 +64,7 @@ def load_model(
     """
     path = find_weights(source)
     metadata = read_metadata(path)
-    network = NETWORKS[metadata.get("network", LatentDiffiT.__name__)]
-    return network.from_pretrained(path, **options), metadata.get("preset")
+    name = metadata.get("network", LatentDiffiT.__name__)
+    if name not in NETWORKS:
+        raise ValueError(f"{path}: holds {name!r}, expected one of {', '.join(NETWORKS)}")
+    return NETWORKS[name].from_pretrained(path, **options), metadata.get("preset")

@@ -113,6 +113,9 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
         model: the network.
         path: of the safetensors file; ``from_pretrained(path)`` reads it.
         notes: more for the metadata, for example ``preset="diffit_emoji_32"``.
+
+    Raises:
+        OSError: it could not be written.
     """
     metadata = {"network": type(model).__name__, "config": model._hub_mixin_config, **notes}
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -122,8 +125,10 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
         save_file(state, temporary, {"format": "pt", METADATA: json.dumps(metadata)})
         os.chmod(temporary, 0o644)  # mkstemp's are private
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, SafetensorError):  # a full disk, for example
+            raise OSError(f"{path}: could not be written: {error}") from error
         raise
 
 
@@ -175,7 +180,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
         ValueError, OSError: as ``read_weights``.
     """
     with _opened(path) as file:
-        return json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        text = (file.metadata() or {}).get(METADATA, "{}")
+    try:
+        noted = json.loads(text)
+    except json.JSONDecodeError:
+        noted = None
+    if not isinstance(noted, dict):
+        raise ValueError(
+            f"{path}: metadata {METADATA!r}: expected a JSON object, got {text[:40]!r}"
+        )
+    return noted
 
 
 @contextmanager
@@ -198,21 +212,26 @@ def published_config(path: Path, shapes: Shapes) -> dict[str, Any]:
     """The arguments of ``LatentDiffiT`` that a published file was made with.
 
     Raises:
-        ValueError: keys that every such file has are missing.
+        ValueError: keys that every such file has are missing, or have other dimensions.
     """
-    needed = (
-        "x_embedder.proj.weight",
-        "y_embedder.embedding_table.weight",
-        "pos_embed",
-        "blocks.0.attn.relative_position_bias_table",
-        "blocks.0.mlp.fc1.weight",
-        "final_layer.linear.weight",
-    )
+    needed = {  # by their dimensions
+        "x_embedder.proj.weight": 4,
+        "y_embedder.embedding_table.weight": 2,
+        "pos_embed": 3,
+        "blocks.0.attn.relative_position_bias_table": 2,
+        "blocks.0.mlp.fc1.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
     if missing := [name for name in needed if name not in shapes]:
         raise ValueError(
             f"{path}: neither a configuration in its metadata nor the published layout: missing "
             f"{_some(missing)}; it holds {_some(sorted(shapes))}"
         )
+    for name, dimensions in needed.items():
+        if len(shapes[name]) != dimensions:
+            raise ValueError(
+                f"{path}: {name}: expected {dimensions} dimensions, got shape {shapes[name]}"
+            )
     patches, labels, positions, table, fc1, final = (shapes[name] for name in needed)
     hidden_size, in_channels, patch_size, _ = patches
     blocks = {match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}

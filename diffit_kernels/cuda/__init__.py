@@ -99,7 +99,8 @@ def window_attention(
     lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=torch.float32)
     library = _loaded()
     with torch.cuda.device_of(qkv):
-        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, out, lse)
+        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, lse)
+        arguments.out = out.data_ptr()
         library.window_attention(arguments, _stream(qkv))
     return out, lse
 
@@ -111,7 +112,6 @@ def window_attention_backward(
     rel_pos_table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -125,7 +125,7 @@ def window_attention_backward(
     )
     library = _loaded()
     with torch.cuda.device_of(qkv):
-        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, out, lse)
+        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, lse)
         arguments.grad_out = grad_out.data_ptr()
         arguments.grad_out_stride_batch, arguments.grad_out_stride_token, _ = grad_out.stride()
         arguments.grad_qkv = grad_qkv.data_ptr()
@@ -154,14 +154,14 @@ def _arguments(
     table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
-    out: Tensor,
     lse: Tensor,
 ) -> Problem:
     return Problem(
         *(problem.batch, *problem.grid_size, *problem.window_size),
         *(problem.num_heads, problem.head_dim, _DTYPES[problem.dtype], _BLOCKS, scale),
         *(qkv.data_ptr(), qkv.stride(0), qkv.stride(1)),
-        *(_pointer(table), _pointer(q_row), _pointer(v_row), out.data_ptr(), lse.data_ptr()),
+        *(_pointer(table), _pointer(q_row), _pointer(v_row)),
+        lse=lse.data_ptr(),
     )
 
 

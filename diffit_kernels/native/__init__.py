@@ -142,7 +142,6 @@ def window_attention_backward(
     rel_pos_table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

@@ -153,7 +153,6 @@ def _backward(
     rel_pos_table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     num_heads: int,
     window_size: Sequence[int],
@@ -164,14 +163,13 @@ def _backward(
     problem = WindowAttentionProblem.from_tensors(
         qkv, rel_pos_table, q_row, v_row, num_heads, window_size, grid_size, scale
     )
-    for name, tensor in (("grad_out", grad_out), ("out", out)):
-        require_like(name, tensor, qkv.dtype, qkv)
-        require_shape(name, tensor, (problem.batch, problem.tokens, problem.dim))
+    require_like("grad_out", grad_out, qkv.dtype, qkv)
+    require_shape("grad_out", grad_out, (problem.batch, problem.tokens, problem.dim))
     require_like("lse", lse, problem.table_dtype, qkv)
     require_shape("lse", lse, (problem.batch, problem.num_heads, problem.tokens))
     with autocast.disabled(qkv):
         grad_qkv, grad_table, grad_q_row, grad_v_row = select(problem).window_attention_backward(
-            problem, grad_out, qkv, rel_pos_table, q_row, v_row, out, lse, scale
+            problem, grad_out, qkv, rel_pos_table, q_row, v_row, lse, scale
         )
     return (
         grad_qkv,
@@ -188,7 +186,6 @@ def _backward_fake(
     rel_pos_table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     num_heads: int,
     window_size: Sequence[int],
@@ -204,14 +201,14 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.save_for_backward(*inputs[:4], output[1])
     ctx.arguments = inputs[4:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *inputs, out, lse = ctx.saved_tensors
-    grads = torch.ops.diffit.window_attention_backward(grad_out, *inputs, out, lse, *ctx.arguments)
+    *inputs, lse = ctx.saved_tensors
+    grads = torch.ops.diffit.window_attention_backward(grad_out, *inputs, lse, *ctx.arguments)
     present = (None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
     return *present, *(None for _ in ctx.arguments)
 
@@ -237,7 +234,6 @@ def _backward_flops(
     table: Any,
     q_row: Any,
     v_row: Any,
-    out: Any,
     lse: Any,
     *sizes: Any,
     **_: Any,

@@ -66,7 +66,6 @@ def window_attention_backward(
     rel_pos_table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     scale: float,
     *,
@@ -74,19 +73,21 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
     qkv, grad_out = _rows_contiguous(qkv), _rows_contiguous(grad_out)
-    table, q_row, v_row = _scaled_table(rel_pos_table), _contiguous(q_row), _contiguous(v_row)
+    q_row, v_row = _contiguous(q_row), _contiguous(v_row)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     slots = problem.window_size[0] * _row(problem)
     small_window = slots <= _SMALL and slots * problem.head_dim <= _SMALL**2
     with torch.cuda.device_of(qkv):
         if small_window:
+            table = _scaled_table(rel_pos_table)
             sums = _small_backward(
                 problem, grad_out, qkv, table, q_row, v_row, grad_qkv, scale, configs
             )
         else:
-            saved = (out.contiguous(), lse.contiguous())
+            table = None if rel_pos_table is None else rel_pos_table.t().contiguous()
             sums = _large_backward(
-                problem, grad_out, qkv, table, q_row, v_row, *saved, grad_qkv, scale, configs
+                *(problem, grad_out, qkv, table, q_row, v_row, lse.contiguous(), grad_qkv),
+                *(scale, configs),
             )
     return grad_qkv, *sums
 
@@ -133,7 +134,6 @@ def _large_backward(
     table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     grad_qkv: Tensor,
     scale: float,
@@ -149,7 +149,7 @@ def _large_backward(
     parts = problem.windows * q_tiles
     q_partial, v_partial = (_row_partial(problem, x, parts) for x in (q_row, v_row))
     large.backward_q[(q_tiles * heads * windows,)](
-        *(grad_out, qkv, table, q_row, v_row, out, lse, grad_qkv, weight, delta),
+        *(grad_out, qkv, table, q_row, lse, grad_qkv, weight, delta),
         *(q_partial, v_partial, *sizes, scale),
         **config,
     )

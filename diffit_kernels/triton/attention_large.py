@@ -2,7 +2,10 @@
 
 Nothing of size M x M is stored: the backward kernels compute the probabilities again from the
 log-sum-exp. Its rounding would scale whole rows of them, so the first backward kernel also sums its
-row and writes 1 / sum as the ``weight`` of the row, beside ``delta = rowsum(dO (out - v_row))``.
+row and writes 1 / sum as the ``weight`` of the row, beside ``delta = rowsum(P dP)``. That is also
+rowsum(dO (out - v_row)), but from a rounded out ``dS = P (dP - delta)`` would not vanish where it
+has to: where one key has all the weight, or all keys are equal. Their logits are in base e, where
+those of the forward kernel are in base 2: two roundings fewer, for one more product.
 
 Work is counted as tiles, heads, windows, samples, the first fastest: programs that run together
 read the same keys.
@@ -25,7 +28,6 @@ from diffit_kernels.triton.attention_tiles import (
     logits,
     position,
     product,
-    row_product,
     scaled,
     store,
     store_sum,
@@ -118,13 +120,52 @@ def forward(
 
 
 @triton.jit
+def _probabilities(
+    q,
+    do,
+    qkv,
+    table,
+    here,
+    row_lse,
+    key,
+    window,
+    stride_l,
+    grid_width,
+    dim,
+    scale,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """P up to the weight of its row, dP, and K: a tile of queries, the keys from ``key`` on."""
+    k_y, k_x, valid = locate(key + tl.arange(0, BLOCK_N), WH, WW, WW)
+    k_at = token(k_y, k_x, window, grid_width, WH, WW)
+    k = load(qkv + dim, k_at * stride_l, HEAD_DIM, D0, D1)
+    v = load(qkv + 2 * dim, k_at * stride_l, HEAD_DIM, D0, D1)
+    s = logits(
+        q,
+        k,
+        table,
+        here[:, None] - position(k_y, k_x, WW)[None, :],
+        valid[None, :],
+        scale,
+        WH * WW % BLOCK_N == 0,
+        D1,
+        PRECISION,
+    )
+    return tl.exp2((s - row_lse[:, None]) * LOG2E), product(do, v, D1, PRECISION), k
+
+
+@triton.jit
 def backward_q(
     grad_out,
     qkv,
     table,
     q_row,
-    v_row,
-    out,
     lse,
     grad_qkv,
     weight,
@@ -148,7 +189,10 @@ def backward_q(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dQ of a tile of queries; their weight and delta; the tile's part of the rows' gradients."""
+    """dQ of a tile of queries; their weight and delta; the tile's part of the rows' gradients.
+
+    It goes through the keys twice: the first time for weight and delta.
+    """
     TILES: tl.constexpr = (WH * WW + BLOCK_M - 1) // BLOCK_M
     tile, head, window, sample = _work(TILES, heads, tokens // (WH * WW))
     table = head_of_table(table, head, WH, WW)
@@ -165,37 +209,63 @@ def backward_q(
     start = sample * grad_stride_b + at * grad_stride_l + column
     # Slots that are not live have no gradient, and so add nothing to any sum.
     do = load(grad_out, start, HEAD_DIM, D0, D1, live)
-    o = load(out, (sample * tokens + at) * dim + column, HEAD_DIM, D0, D1)
-    row_delta = row_product(do, o, D1)
-    if v_row is not None:
-        row_delta -= row_product(do, load(v_row, sample * dim + column, HEAD_DIM, D0, D1), D1)
     row = (sample * heads + head) * tokens + at
-    row_lse = tl.load(lse + row) * LOG2E
+    row_lse = tl.load(lse + row)
 
     total = tl.zeros((BLOCK_M,), tl.float32)
-    dq = zeros(tl.zeros((BLOCK_M,), tl.float32), D0, D1)
+    row_delta = tl.zeros((BLOCK_M,), tl.float32)
     for key in range(0, WH * WW, BLOCK_N):
-        k_y, k_x, valid = locate(key + tl.arange(0, BLOCK_N), WH, WW, WW)
-        k_at = token(k_y, k_x, window, grid_width, WH, WW)
-        k = load(qkv + dim, k_at * stride_l, HEAD_DIM, D0, D1)
-        v = load(qkv + 2 * dim, k_at * stride_l, HEAD_DIM, D0, D1)
-        s = logits(
+        p, dp, _ = _probabilities(
             q,
-            k,
+            do,
+            qkv,
             table,
-            here[:, None] - position(k_y, k_x, WW)[None, :],
-            valid[None, :],
-            scale * LOG2E,
-            WH * WW % BLOCK_N == 0,
+            here,
+            row_lse,
+            key,
+            window,
+            stride_l,
+            grid_width,
+            dim,
+            scale,
+            WH,
+            WW,
+            HEAD_DIM,
+            D0,
             D1,
             PRECISION,
+            BLOCK_N,
         )
-        p = tl.exp2(s - row_lse[:, None])
         total += tl.sum(p, axis=1)
-        ds = p * (product(do, v, D1, PRECISION) - row_delta[:, None])
-        dq = accumulate(dq, ds, k, D1, PRECISION)
-
+        row_delta += tl.sum(p * dp, axis=1)
     row_weight = 1 / total
+    row_delta *= row_weight
+
+    dq = zeros(tl.zeros((BLOCK_M,), tl.float32), D0, D1)
+    for key in range(0, WH * WW, BLOCK_N):
+        p, dp, k = _probabilities(
+            q,
+            do,
+            qkv,
+            table,
+            here,
+            row_lse,
+            key,
+            window,
+            stride_l,
+            grid_width,
+            dim,
+            scale,
+            WH,
+            WW,
+            HEAD_DIM,
+            D0,
+            D1,
+            PRECISION,
+            BLOCK_N,
+        )
+        dq = accumulate(dq, p * (dp - row_delta[:, None]), k, D1, PRECISION)
+
     tl.store(weight + row, row_weight, mask=live)
     tl.store(delta + row, row_delta, mask=live)
     dq = scaled(dq, (scale * row_weight)[:, None])
@@ -263,7 +333,7 @@ def backward_kv(
         if q_row is not None:
             q = add(q, q_offset)
         do = load(grad_out, q_at * grad_stride_l, HEAD_DIM, D0, D1)
-        row_lse = tl.load(lse + row + q_at) * LOG2E
+        row_lse = tl.load(lse + row + q_at)
         row_weight = tl.load(weight + row + q_at)
         row_delta = tl.load(delta + row + q_at)
         s = logits(
@@ -272,12 +342,12 @@ def backward_kv(
             table,
             position(q_y, q_x, WW)[None, :] - here[:, None],
             valid[None, :],
-            scale * LOG2E,
+            scale,
             WH * WW % BLOCK_M == 0,
             D1,
             PRECISION,
         )
-        p = tl.exp2(s - row_lse[None, :]) * row_weight[None, :]
+        p = tl.exp2((s - row_lse[None, :]) * LOG2E) * row_weight[None, :]
         dv = accumulate(dv, p, do, D1, PRECISION)
         ds = p * (product(v, do, D1, PRECISION) - row_delta[None, :])
         dk = accumulate(dk, ds, q, D1, PRECISION)
@@ -352,11 +422,11 @@ def backward_table(
         grad_start = sample * grad_stride_b + q_at * grad_stride_l + column
         do = load(grad_out, grad_start, HEAD_DIM, D0, D1)
         row = (sample * heads + head) * tokens + q_at
-        row_lse = tl.load(lse + row) * LOG2E
+        row_lse = tl.load(lse + row)
         row_weight = tl.load(weight + row)
         row_delta = tl.load(delta + row)
-        s = logits(q, k, table, offset, valid, scale * LOG2E, True, D1, PRECISION)
-        p = tl.exp2(s - row_lse[:, None]) * row_weight[:, None]
+        s = logits(q, k, table, offset, valid, scale, True, D1, PRECISION)
+        p = tl.exp2((s - row_lse[:, None]) * LOG2E) * row_weight[:, None]
         grad_logits += p * (product(do, v, D1, PRECISION) - row_delta[:, None])
 
     size: tl.constexpr = (BLOCK_M // ROW + BLOCK_N // ROW - 1) * ROW * ROW

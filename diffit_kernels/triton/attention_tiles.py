@@ -115,15 +115,6 @@ def accumulate(tile, weights, x, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_product(a, b, D1: tl.constexpr):
-    """``rowsum(a b)`` in float32."""
-    c = tl.sum(a[0].to(tl.float32) * b[0], axis=1)
-    if D1:
-        c += tl.sum(a[1].to(tl.float32) * b[1], axis=1)
-    return c
-
-
-@triton.jit
 def zeros(rows, D0: tl.constexpr, D1: tl.constexpr):
     """A tile of float32 to accumulate in; ``rows`` are zeros of its leading shape."""
     first = tl.expand_dims(rows, -1) + tl.zeros((D0,), tl.float32)

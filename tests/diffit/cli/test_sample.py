@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from diffit.cli import main
 from diffit.cli.pictures import Painter
@@ -200,10 +200,17 @@ def test_other_settings_are_refused(sample: Any, fails: Any, weights: Path) -> N
     assert "was made otherwise (steps 2 not 3)" in fails(*arguments, "--seeds", "0-1")
 
 
-def test_out_of_memory(weights: Path, fails: Any, monkeypatch: Any) -> None:  # noqa: F811
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("no more")
+def gpu_memory(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("no more")
 
+
+def cpu_memory(*_: Any, **__: Any) -> None:
+    torch.empty(2**50)
+
+
+@pytest.mark.parametrize("full", [gpu_memory, cpu_memory])
+def test_out_of_memory(weights: Path, fails: Any, monkeypatch: Any, full: Any) -> None:  # noqa: F811
+    """What a GPU raises, and what PyTorch's own allocator does for a petabyte."""
     monkeypatch.setattr("diffit.cli.pictures.edm_sample", full)
     arguments = ["sample", "--weights", str(weights), "--out", "a.png", "--batch-size", "8"]
     assert "try --batch-size 4" in fails(*arguments, "--seeds", "0-9")
@@ -211,7 +218,6 @@ def test_out_of_memory(weights: Path, fails: Any, monkeypatch: Any) -> None:  # 
 
 def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:  # noqa: F811
     """One line, exit code 2, no file."""
-    state = load_file(weights)
     whole = weights.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     save_file({"foreign.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
@@ -221,7 +227,10 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:  # noqa
     save_weights(broken, tmp_path / "nan.safetensors", preset=PRESET)
     save_weights(small_image(), tmp_path / "small.safetensors", preset=PRESET)
     save_weights(small_image(), tmp_path / "unnoted.safetensors")
-    assert "stem.weight" in state
+    for name, note in (("future", '{"network": "FutureDiffiT"}'), ("list", "[1]"), ("text", "{")):
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors", {"diffit": note})
+    flat = {name: torch.zeros(1) for name in small_latent().state_dict()}
+    save_file(flat, tmp_path / "flat.safetensors")
     (tmp_path / "file").write_text("")
     for arguments, message in (
         (("--preset", "diffit_emoji_64"), "the nearest is 'diffit_emoji_32'"),
@@ -229,6 +238,10 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:  # noqa
         (("--weights", "cut.safetensors"), "cut.safetensors: not a whole safetensors file"),
         (("--weights", "foreign.safetensors"), "missing x_embedder.proj.weight"),
         (("--weights", "foreign.safetensors"), "it holds foreign.weight"),
+        (("--weights", "flat.safetensors"), "x_embedder.proj.weight: expected 4 dimensions"),
+        (("--weights", "future.safetensors"), "holds 'FutureDiffiT', expected one of"),
+        (("--weights", "list.safetensors"), "metadata 'diffit': expected a JSON object, got '[1]'"),
+        (("--weights", "text.safetensors"), "metadata 'diffit': expected a JSON object, got '{'"),
         (("--weights", "nan.safetensors"), "not finite: stem.weight"),
         (("--weights", "unnoted.safetensors"), "notes no preset"),
         (("--weights", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
@@ -243,6 +256,9 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:  # noqa
         (("--preset", PRESET, "--vae", "x"), "--vae: only latent networks have a decoder"),
         (("--preset", PRESET, "--steps", "0"), "expected a number of at least 1, got '0'"),
         (("--preset", PRESET, "--seeds", "5-2"), "the range '5-2' ends before it begins"),
+        (("--preset", PRESET, "--guidance", "a"), "expected a finite number, got 'a'"),
+        (("--preset", PRESET, "--guidance", "nan"), "expected a finite number, got 'nan'"),
+        (("--preset", PRESET, "--out", ""), "--out: expected a file or a folder, got ''"),
         (("--preset", PRESET, "--seeds", "a"), "expected numbers and ranges such as 0-63"),
         (("--preset", PRESET, "--device", "tpu"), "--device: tpu cannot be used here"),
         (("--preset", PRESET, "--guidance-interval", "0", "1"), "expected --guidance SCALE"),

@@ -10,6 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 from diffit.cli.seeds import CLASS_NAMES, format_seeds, parse_classes, parse_seeds
+from diffit.diffusion.noise import MAX_SEED
 
 EMOJI = Path(__file__).parents[3] / "examples" / "data" / "emoji32.zip"
 NAMES = ("Food & Drink", "Flags")
@@ -23,7 +24,7 @@ NAMES = ("Food & Drink", "Flags")
         ("5-5", [5]),
         ("9,0,5-7", [9, 0, 5, 6, 7]),
         ("1, 0-2 ,1", [1, 0, 2]),
-        (str(2**63 - 1), [2**63 - 1]),
+        (str(MAX_SEED), [MAX_SEED]),
     ],
 )
 def test_seeds(text: str, seeds: list[int]) -> None:
@@ -41,7 +42,20 @@ def test_seeds_as_text(seeds: list[int], text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", "3-1", "-1", "1--2", "1-", "1,,2", "0x3", "1.5", "٣", "0-10000000", str(2**63)],
+    [
+        "",
+        "a",
+        "3-1",
+        "-1",
+        "1--2",
+        "1-",
+        "1,,2",
+        "0x3",
+        "1.5",
+        "٣",
+        "0-10000000",
+        str(MAX_SEED + 1),
+    ],
 )
 def test_no_seeds(text: str) -> None:
     with pytest.raises(ArgumentTypeError):

@@ -17,7 +17,7 @@ PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among how many; all but ``to_first`` is for small objects."""
+    """Who this process is among how many; only ``to_first`` is for large objects."""
 
     rank: int = 0
     size: int = 1
@@ -51,13 +51,17 @@ class Ranks:
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """Join the others that torchrun started, if it did."""
+def ranks(backend: str = "gloo") -> Iterator[Ranks]:
+    """Join the others that torchrun started, if it did.
+
+    Args:
+        backend: of torch.distributed; "cpu:gloo,cuda:nccl" where tensors on GPUs are exchanged.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), size)
     finally:

@@ -1,0 +1,69 @@
+"""``diffit data encode``: the latents of a set of pictures, for latent networks to train on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "encode pictures into the latents that latent networks train on"
+BATCH = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("source", type=Path, help="pictures as `diffit data` packs them")
+    add("--preset", required=True, metavar="NAME", help="the network to train: sets size, classes")
+    add("--out", type=Path, required=True, help="folder; the same command again completes it")
+    add("--vae", metavar="FOLDER|ID", help="autoencoder (default: the published networks')")
+    add("--batch-size", type=int, default=BATCH, metavar="N", help=f"pictures at once ({BATCH})")
+    add("--device", help="default: cuda where there is one, else cpu")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the shards; under torchrun each process writes its own.
+
+    Raises:
+        ValueError, OSError, ImportError, RuntimeError: wrong input.
+    """
+    import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from diffit.cli.machine import pick_device
+    from diffit.data.dataset import ImageDataset
+    from diffit.data.encode import encode
+    from diffit.models import LatentDiffiT, create_model
+    from diffit.models.vae import LatentCodec
+    from diffit.ranks import ranks
+
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
+    with torch.device("meta"):
+        network = create_model(arguments.preset)
+    if not isinstance(network, LatentDiffiT):
+        raise ValueError(f"--preset: expected a latent network, got {arguments.preset}")
+    device = pick_device(arguments.device)
+    vae = arguments.vae or LatentCodec.DEFAULT
+    codec = LatentCodec.from_pretrained(vae).to(device)
+    dataset = ImageDataset(
+        arguments.source,
+        resolution=network.input_size * codec.downscale,
+        num_classes=network.num_classes,
+    )
+    with ranks() as peers:
+        share = -(-len(dataset) // peers.size)
+        bar = tqdm(total=share, unit=" pictures", disable=None if peers.first else True)
+        with bar:
+            encode(
+                dataset,
+                arguments.out,
+                codec,
+                vae=vae,
+                device=device,
+                batch_size=arguments.batch_size,
+                ranks=peers,
+                advance=bar.update,
+            )
+        peers.all(None)
+        if peers.first:
+            tqdm.write(f"{arguments.out}: the latents of {len(dataset)} pictures")

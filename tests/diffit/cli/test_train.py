@@ -1,0 +1,196 @@
+"""``diffit train``: from pictures to weights that sample; wrong input costs one line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffit.cli import main
+from diffit.models import load_model
+from tests.diffit.training.tiny import (
+    IMAGE,
+    LATENT,
+    ROOT,
+    command,
+    environment,
+    latents,
+    pictures,
+    stats,
+)
+
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "set.zip")
+
+
+@pytest.fixture
+def train(images: Path, tmp_path: Path) -> Train:
+    """Runs the command; ``name=value`` is ``--name value``."""
+
+    def run(**changes: Any) -> int:
+        options: dict[str, Any] = {"preset": IMAGE, "data": images, "out": tmp_path / "run"}
+        options |= {"steps": 3, "batch_size": 4, "device": "cpu", **changes}
+        words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items() if v is not True]
+        words += [f"--{k.replace('_', '-')}" for k, v in options.items() if v is True]
+        return main(["train", *words])
+
+    return run
+
+
+def test_from_pictures_to_weights_that_sample(train: Train, tmp_path: Path) -> None:
+    assert train() == 0
+    run = tmp_path / "run"
+    assert [line["step"] for line in stats(run)] == [1, 2, 3]
+    assert load_model(run / "weights.safetensors")[1] == IMAGE
+    with Image.open(run / "snapshots" / "00000003.png") as grid:
+        assert grid.size == (48, 48)
+    words = ["sample", "--weights", str(run / "weights.safetensors"), "--out"]
+    assert main([*words, str(tmp_path / "grid.png"), "--seeds", "0-3"]) == 0
+
+
+def test_latents(train: Train, tmp_path: Path) -> None:
+    assert train(preset=LATENT, data=latents(tmp_path / "latents")) == 0
+    assert load_model(tmp_path / "run" / "weights.safetensors")[1] == LATENT
+    assert not list((tmp_path / "run" / "snapshots").glob("*.png"))
+
+
+def test_every_option(train: Train, tmp_path: Path) -> None:
+    options = {"lr": 0.01, "seed": 1, "micro_batch": 3, "dtype": "bfloat16", "keep": 1}
+    flags = {"tf32": True, "grad_checkpointing": True, "checkpoint_every": 1}
+    assert train(**options, **flags, snapshot_every=2, parallel="fsdp") == 0
+    run = tmp_path / "run"
+    assert sorted(path.stem for path in (run / "snapshots").glob("*.png")) == [
+        "00000002",
+        "00000003",
+    ]
+    assert 1 <= len(list((run / "checkpoints").iterdir())) <= 2  # the newest and the best
+
+
+def wrong(capsys: Any, code: int) -> str:
+    """The one line of wrong input."""
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diffit train: ")
+    assert error.count("\n") == 1, error
+    return str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "tiny_emoji_"}, "the nearest is 'tiny_emoji'"),
+        ({"data": "missing.zip"}, "missing.zip: no such file or folder"),
+        ({"preset": LATENT}, "expected a folder of latents"),
+        ({"device": "none"}, "--device: none cannot be used here"),
+    ],
+)
+def test_wrong_arguments(
+    train: Train, tmp_path: Path, capsys: Any, changes: dict[str, Any], message: str
+) -> None:
+    assert message in wrong(capsys, train(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["steps", "batch_size", "lr", "keep", "micro_batch"])
+def test_arguments_out_of_range(train: Train, capsys: Any, option: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train(**{option: 0})
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bad_data(train: Train, images: Path, tmp_path: Path, capsys: Any) -> None:
+    with zipfile.ZipFile(images) as archive:
+        archive.extractall(tmp_path / "set")
+    folder = tmp_path / "set"
+    index, picture = folder / "dataset.json", folder / "00000" / "img00000004.png"
+    whole, labels = picture.read_bytes(), index.read_text()
+
+    (tmp_path / "empty").mkdir()
+    assert "no pictures in it" in wrong(capsys, train(data=tmp_path / "empty"))
+    picture.write_bytes(whole[:50])
+    assert "img00000004.png: cannot be read" in wrong(capsys, train(data=folder))
+    Image.new("RGB", (9, 9)).save(picture)
+    assert "img00000004.png: expected 8 x 8" in wrong(capsys, train(data=folder))
+    picture.write_bytes(whole)
+    index.unlink()
+    assert "no dataset.json in it" in wrong(capsys, train(data=folder))
+    index.write_text(json.dumps({"labels": json.loads(labels)["labels"][:5]}))
+    assert "img00000005.png: expected a class 0..2, got no label" in wrong(
+        capsys, train(data=folder)
+    )
+    index.write_text(labels.replace("1]", "3]"))
+    assert "expected a class 0..2, got 3" in wrong(capsys, train(data=folder))
+    assert not (tmp_path / "run").exists()
+    index.write_text(labels)
+    assert train(data=folder) == 0
+
+
+def test_a_folder_that_cannot_be_written(train: Train, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert "file" in wrong(capsys, train(out=tmp_path / "file"))
+    assert "run" in wrong(capsys, train(out="/proc/run"))  # read-only even for root
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "snapshot"])
+def test_a_full_disk_is_one_line_and_costs_nothing(
+    train: Train, images: Path, tmp_path: Path, what: str
+) -> None:
+    """A limit on the size of files stands in for a full disk."""
+    assert train(checkpoint_every=1) == 0
+    run = tmp_path / "run"
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    words = command(images, run, "--steps", "9", f"--{what}-every", "4")
+    words[words.index("--batch-size") + 1] = "4"
+    limited = subprocess.run(
+        words,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert limited.returncode == 2, limited.stderr
+    message = limited.stderr.splitlines()[-1]
+    assert message.startswith("diffit train: ")
+    assert "File too large" in message
+    assert "Traceback" not in limited.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert train(steps=9) == 0
+    assert [line["step"] for line in stats(run)] == list(range(1, 10))
+
+
+def test_sigterm_exits_with_0_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
+    words = command(images, tmp_path / "run", "--steps", "100000")
+    with subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        end = time.monotonic() + 120
+        while not (tmp_path / "run" / "stats.jsonl").exists() or len(stats(tmp_path / "run")) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "the same command goes on" in output
+    steps = len(stats(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{steps:08d}"]
+
+
+def test_tensorboard_that_is_not_there(train: Train, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install 'diffit[tensorboard]'" in wrong(capsys, train(tensorboard=True))
