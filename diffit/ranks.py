@@ -17,7 +17,7 @@ PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among how many; and the exchange of small objects."""
+    """Who this process is among how many; only ``to_first`` is for large objects."""
 
     rank: int = 0
     size: int = 1
@@ -39,6 +39,14 @@ class Ranks:
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
+        return values
+
+    def to_first(self, value: Any) -> list[Any] | None:
+        """What each has, in the first; None elsewhere. Large objects travel once."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.first else None
+        dist.gather_object(value, values)
         return values
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from diffit.cli import data, encode, info, models, sample, train, viz
+from diffit.cli import data, encode, evaluate, info, models, sample, train, viz
 
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
 LONGEST_MESSAGE = 500
@@ -36,6 +36,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "sample": sample,
     "train": train,
+    "evaluate": evaluate,
     "viz": viz,
     "models": models,
     "data": data,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from diffit.cli.seeds import CLASS_NAMES, parse_classes, parse_seeds
 if TYPE_CHECKING:
     from diffit.cli.gallery import Gallery, Note
     from diffit.cli.networks import Found
-    from diffit.cli.pictures import Painter
+    from diffit.cli.pictures import Batch, Painter
     from diffit.models import Sampling
+    from diffit.ranks import Ranks
 
 HELP = "sample pictures: a grid, single PNGs, or an npz for evaluators"
 STEPS = {"edm": 18, "ddpm": 250, "ddim": 50, "dpm++": 25}  # where they are not the preset's
@@ -40,6 +42,18 @@ def _finite(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.add_argument(
+        "--out", required=True, help="a grid (.png), arrays (.npz), or a folder for single PNGs"
+    )
+    add_sampling_arguments(parser, seeds="0")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, seeds: str) -> None:
+    """Declare those that a picture depends on, and how it is computed.
+
+    Args:
+        seeds: the default.
+    """
     add = parser.add_argument
     add("--preset", metavar="NAME", help="network and settings; `diffit models` lists them")
     add(
@@ -48,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a safetensors file, its folder, or a repository on the Hugging Face hub; default: "
         "those that come with the preset, else random ones",
     )
-    add("--out", required=True, help="a grid (.png), arrays (.npz), or a folder for single PNGs")
-    add("--seeds", type=parse_seeds, default="0", help="one picture each, as 0-63 or 0,5,7-9")
+    add("--seeds", type=parse_seeds, default=seeds, help="one picture each, as 0-63 or 0,5,7-9")
     add(
         "--classes",
         help="ids, ranges of ids, names or none, separated by commas; of n of them seed s gets "
@@ -85,49 +98,104 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError: wrong input.
         KeyboardInterrupt: says what is kept.
     """
-    import torch
-
     from diffit.cli.gallery import Gallery
-    from diffit.cli.machine import batch_that_fits, pick_device
-    from diffit.cli.networks import RANDOM, find_network
-    from diffit.cli.pictures import Painter
     from diffit.ranks import ranks
 
     gallery = Gallery(arguments.out)
-    device = pick_device(arguments.device)
     with ranks() as peers:
-        found = find_network(arguments.preset, arguments.weights)
-        found.network.to(device, getattr(torch, arguments.dtype) if arguments.dtype else None)
-        sampling = _sampling(arguments, found.preset)
-        painter = Painter(
-            found.network,
-            sampling,
-            interval=arguments.guidance_interval,
-            vae=arguments.vae,
-            compiled=arguments.compile,
-        )
-        notes = _notes(arguments, found, sampling)
-        batch_size = arguments.batch_size or batch_that_fits(found.network, peers.size)
-        if peers.first and found.weights == RANDOM:
-            print(f"no weights for {found.preset}: the network is random, and so are its pictures")
+        plan = make_plan(arguments, peers)
+        notes = plan.notes
         with gallery.opened():
             missing = peers.from_first(gallery.missing(notes) if peers.first else None)
             if peers.first and len(missing) < len(notes):
                 print(f"{len(notes) - len(missing)} of {len(notes)} pictures are there already")
             start = perf_counter()
-            mine = {seed: notes[seed] for seed in missing[peers.rank :: peers.size]}
-            costs = peers.all(_paint(painter, gallery, mine, batch_size, show=peers.first))
+            mine = missing[peers.rank :: peers.size]
+            costs = peers.all(_paint(plan, gallery, mine, show=peers.first))
             seconds = perf_counter() - start
             if peers.first:
                 gallery.finish(notes)
                 speed = f", {len(missing) / seconds:.2f} a second" if missing else ""
                 print(f"{gallery.path}: {len(notes)} pictures{speed}")
-                if missing and sampling.guidance_scale != 1:
+                if missing and plan.guided:
                     evaluated, saved = (sum(counts) for counts in zip(*costs, strict=True))
                     print(
                         f"guidance: {saved} of {evaluated + saved} evaluations were saved, "
                         "where its weight is 1"
                     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the arguments ask for.
+
+    Attributes:
+        painter: makes the pictures.
+        notes: by seed, all that its picture depends on.
+        guided: whether classes are weighed.
+        batch_size: pictures at a time.
+    """
+
+    painter: Painter
+    notes: dict[int, Note]
+    guided: bool
+    batch_size: int
+
+    def painted(self, seeds: Sequence[int], *, show: bool) -> Iterator[tuple[list[int], Batch]]:
+        """The pictures of these seeds, batch by batch, behind a progress bar."""
+        from diffit.cli.machine import explained
+
+        with progress_bar(len(seeds), show=show) as bar:
+            for done in range(0, len(seeds), self.batch_size):
+                batch = list(seeds[done : done + self.batch_size])
+                classes = [self.notes[seed]["class"] for seed in batch]
+                share = len(batch) / self.painter.evaluations
+                with explained(len(batch)):
+                    painted = self.painter.paint(batch, classes, partial(bar.update, share))
+                yield batch, painted
+                bar.update(done + len(batch) - bar.n)  # shares do not add up exactly
+
+
+def make_plan(arguments: argparse.Namespace, peers: Ranks) -> Plan:
+    """The network, its settings and its pictures.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: wrong input.
+    """
+    import torch
+
+    from diffit.cli.machine import batch_that_fits, pick_device
+    from diffit.cli.networks import RANDOM, find_network
+    from diffit.cli.pictures import Painter
+
+    device = pick_device(arguments.device)
+    found = find_network(arguments.preset, arguments.weights)
+    found.network.to(device, getattr(torch, arguments.dtype) if arguments.dtype else None)
+    sampling = _sampling(arguments, found.preset)
+    painter = Painter(
+        found.network,
+        sampling,
+        interval=arguments.guidance_interval,
+        vae=arguments.vae,
+        compiled=arguments.compile,
+    )
+    notes = _notes(arguments, found, sampling)
+    batch_size = arguments.batch_size or batch_that_fits(found.network, peers.size)
+    if peers.first and found.weights == RANDOM:
+        print(f"no weights for {found.preset}: the network is random, and so are its pictures")
+    return Plan(painter, notes, sampling.guidance_scale != 1, batch_size)
+
+
+def progress_bar(total: int, *, show: bool) -> Any:
+    """Of pictures, whole or in part, where there is a terminal."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(
+        total=total,
+        unit=" pictures",
+        bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+        disable=None if show else True,  # None: where there is no terminal
+    )
 
 
 def _sampling(arguments: argparse.Namespace, preset: str) -> Sampling:
@@ -169,35 +237,14 @@ def _notes(arguments: argparse.Namespace, found: Found, sampling: Sampling) -> d
     }
 
 
-def _paint(
-    painter: Painter, gallery: Gallery, notes: dict[int, Note], batch_size: int, *, show: bool
-) -> tuple[int, int]:
+def _paint(plan: Plan, gallery: Gallery, seeds: Sequence[int], *, show: bool) -> tuple[int, int]:
     """Sample these pictures; how many evaluations it took, and how many guidance saved."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from diffit.cli.machine import explained
-
-    seeds = list(notes)
     evaluated = saved = 0
-    bar = tqdm(
-        total=len(seeds),
-        unit=" pictures",
-        bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
-        disable=None if show else True,  # None: where there is no terminal
-    )
     try:
-        with bar:
-            for done in range(0, len(seeds), batch_size):
-                batch = seeds[done : done + batch_size]
-                share = len(batch) / painter.evaluations
-                with explained(len(batch)):
-                    painted = painter.paint(
-                        batch, [notes[seed]["class"] for seed in batch], partial(bar.update, share)
-                    )
-                for seed, pixels in zip(batch, painted.pixels, strict=True):
-                    gallery.add(seed, pixels, notes[seed])
-                bar.update(done + len(batch) - bar.n)  # shares do not add up exactly
-                evaluated, saved = evaluated + painted.evaluated, saved + painted.saved
+        for batch, painted in plan.painted(seeds, show=show):
+            for seed, pixels in zip(batch, painted.pixels, strict=True):
+                gallery.add(seed, pixels, plan.notes[seed])
+            evaluated, saved = evaluated + painted.evaluated, saved + painted.saved
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; the same command goes on from what is in {gallery.folder}"

@@ -50,6 +50,17 @@ def parse_seeds(text: str) -> list[int]:
     return list(seeds)
 
 
+def format_seeds(seeds: Sequence[int]) -> str:
+    """[0, 1, 2, 3, 7] -> "0-3,7"; the order stays."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], seed]
+        else:
+            runs.append([seed])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
 def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> list[int]:
     """``"3,Flags,none"`` -> [3, 8, num_classes].
 

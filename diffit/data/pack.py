@@ -13,6 +13,7 @@ import pickle
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,14 @@ FOLDER_SIZE = 1000  # pictures in a folder of the zip
 CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 BACKGROUND = (255, 255, 255, 255)  # behind alpha: white, as in a browser
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of eight bits
+UNREADABLE = (  # what a broken picture or the entry of a broken zip raises
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -238,7 +247,7 @@ def _encoded(
         try:
             image = picture.load()
             image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             report.leave_out("cannot be read", picture.name)
             continue
         if image.mode not in MODES:
@@ -253,10 +262,10 @@ def _encoded(
         if min(image.size) < side:
             report.leave_out(f"smaller than {side} x {side}", picture.name)
             continue
-        yield picture, _png(_rgb(image), side)
+        yield picture, _png(to_rgb(image), side)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """In three channels, alpha over white."""
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")

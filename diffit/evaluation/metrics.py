@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK = 1024  # rows of a matrix of distances at a time
@@ -33,25 +30,6 @@ class FeatureStatistics:
         if not features.isfinite().all():
             raise ValueError("features: expected finite numbers")
         return cls(features.mean(dim=0), features.T.cov(), len(features))
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """From an npz with ``mu`` and ``sigma``, as EDM and guided-diffusion write them."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                mean: NDArray[np.float64] = arrays["mu"].astype(np.float64)
-                covariance: NDArray[np.float64] = arrays["sigma"].astype(np.float64)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: expected mu (d,) and sigma (d, d): {error}") from error
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(
-                f"{path}: expected mu (d,) and sigma (d, d), got {mean.shape}, {covariance.shape}"
-            )
-        return cls(torch.from_numpy(mean), torch.from_numpy(covariance))
-
-    def save(self, path: Path) -> None:
-        """To an npz that ``load``, EDM and guided-diffusion read."""
-        np.savez(path, mu=self.mean.numpy(), sigma=self.covariance.numpy())
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -9,7 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from diffit.cli.seeds import CLASS_NAMES, parse_classes, parse_seeds
+from diffit.cli.seeds import CLASS_NAMES, format_seeds, parse_classes, parse_seeds
 from diffit.diffusion.noise import MAX_SEED
 
 EMOJI = Path(__file__).parents[3] / "examples" / "data" / "emoji32.zip"
@@ -28,6 +28,15 @@ NAMES = ("Food & Drink", "Flags")
     ],
 )
 def test_seeds(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    ("seeds", "text"),
+    [([7], "7"), ([0, 1, 2, 3], "0-3"), ([9, 0, 5, 6, 7], "9,0,5-7"), ([4, 3, 2], "4,3,2")],
+)
+def test_seeds_as_text(seeds: list[int], text: str) -> None:
+    assert format_seeds(seeds) == text
     assert parse_seeds(text) == seeds
 
 

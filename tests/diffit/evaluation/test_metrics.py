@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,19 +66,6 @@ def test_of_a_set_to_itself() -> None:
 def test_is_symmetric() -> None:
     a, b = (FeatureStatistics.of(features(50, 9, seed)) for seed in (4, 5))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
-
-
-def test_files(tmp_path: Path) -> None:
-    a = FeatureStatistics.of(features(20, 4, 6))
-    a.save(tmp_path / "a.npz")
-    b = FeatureStatistics.load(tmp_path / "a.npz")
-    assert torch.equal(a.mean, b.mean)
-    assert torch.equal(a.covariance, b.covariance)
-    np.savez(tmp_path / "b.npz", mu=np.zeros(3))
-    np.savez(tmp_path / "c.npz", mu=np.zeros(3), sigma=np.eye(2))
-    for name in ("b.npz", "c.npz"):
-        with pytest.raises(ValueError, match=rf"{name}: expected mu \(d,\) and sigma \(d, d\)"):
-            FeatureStatistics.load(tmp_path / name)
 
 
 def test_precision_and_recall_on_a_line() -> None:
