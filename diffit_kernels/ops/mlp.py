@@ -135,8 +135,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[Any, ...]:
-    x = ctx.saved_tensors[0]
-    grads = torch.ops.diffit.mlp_backward(grad_y.to(x.dtype), *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+    grads = torch.ops.diffit.mlp_backward(grad_y.to(saved[0].dtype), *saved)
     return *grads, grad_y if ctx.has_residual else None, None
 
 
