@@ -6,9 +6,7 @@ that a whole network runs under ``use_backend("cuda")``.
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from diffit_kernels import triton
 from diffit_kernels.cuda.library import Library, Problem, load
 from diffit_kernels.problem import Problem as AnyProblem
 from diffit_kernels.problem import WindowAttentionProblem
+from diffit_kernels.triton.configs import table_of
 
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -65,18 +64,12 @@ def supports(problem: AnyProblem) -> str | None:
 def is_faster(problem: AnyProblem) -> bool:
     """Whether these kernels have been measured to be faster than Triton's, for "auto".
 
-    ``faster.json`` lists, by a part of a device's name, (window tokens, head width) of such layers.
+    The table of the device lists (window tokens, head width) of such layers.
     """
     if not isinstance(problem, WindowAttentionProblem) or unavailable():
         return False
-    return [problem.window_tokens, problem.head_dim] in _measured_faster()
-
-
-@cache
-def _measured_faster() -> list[list[int]]:
-    table = json.loads((Path(__file__).parent / "faster.json").read_text())
-    device = torch.cuda.get_device_name().lower()
-    return next((shapes for name, shapes in table.items() if name in device), [])
+    faster = table_of(torch.device("cuda")).cuda_is_faster
+    return [problem.window_tokens, problem.head_dim] in faster
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffit_kernels.problem import MLPProblem
-from diffit_kernels.triton.configs import Config, Configs, choose
+from diffit_kernels.triton.configs import CUBLASLT, Config, Configs, choose
 from diffit_kernels.triton.rows import as_rows
 
 # 2 sqrt(2 / pi) log2(e), so that the exponential of GELU is a power of 2
@@ -202,11 +202,13 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones.
 
-    The parameter ``impl`` may be "cublaslt": PyTorch's product with the bias, and where no hidden
-    layer is saved also the GELU, in its epilogue.
+    Those of ``mlp_gelu`` and ``mlp_bias`` may be ``{"impl": "cublaslt"}``: PyTorch's product with
+    the bias and the GELU in its epilogue. It cannot store the hidden layer as well; the product
+    that does is ``mlp_gelu_hidden``, with parameters of its own.
     """
     hidden = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
-    activation = _linear("mlp_gelu", as_rows(x), fc1_weight, fc1_bias, None, hidden, configs)
+    first = "mlp_gelu_hidden" if save_hidden else "mlp_gelu"
+    activation = _linear(first, as_rows(x), fc1_weight, fc1_bias, None, hidden, configs)
     added = None if residual is None else as_rows(residual)
     y = _linear("mlp_bias", activation, fc2_weight, fc2_bias, added, None, configs)
     return y.view(*x.shape[:-1], problem.out_features), hidden
@@ -222,8 +224,8 @@ def _linear(
     configs: Configs | None,
 ) -> Tensor:
     columns = weight.shape[0]
-    impl, config = _config(kernel, x, columns, configs)
-    if impl == "cublaslt" and hidden is None:
+    config = _config(kernel, x, columns, configs)
+    if config == CUBLASLT:
         if kernel == "mlp_gelu":
             return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
         y = torch.addmm(bias, x, weight.t())
@@ -233,7 +235,7 @@ def _linear(
         linear[_grid(x, columns, config)](
             *(x, weight.contiguous(), bias.contiguous(), residual, hidden, y, x.stride(0)),
             *(0 if residual is None else residual.stride(0), len(x), columns, x.shape[1]),
-            GELU=kernel == "mlp_gelu",
+            GELU=kernel != "mlp_bias",
             **config,
         )
     return y
@@ -253,7 +255,7 @@ def mlp_backward(
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
     x_rows, grad_rows = as_rows(x), as_rows(grad_y)
     columns = problem.hidden_features
-    _, config = _config("mlp_gelu_backward", grad_rows, columns, configs)
+    config = _config("mlp_gelu_backward", grad_rows, columns, configs)
     activation, grad_hidden = (x.new_empty(problem.rows, columns) for _ in range(2))
     tiles_down = triton.cdiv(problem.rows, config["BLOCK_M"])
     grad_bias = x.new_empty(tiles_down, columns, dtype=torch.float32)
@@ -273,16 +275,18 @@ def mlp_backward(
     )
 
 
-def _config(kernel: str, x: Tensor, columns: int, configs: Configs | None) -> tuple[str, Config]:
-    """Who multiplies, and the parameters of the kernel."""
+def _config(kernel: str, x: Tensor, columns: int, configs: Configs | None) -> Config:
+    """``CUBLASLT``, or what a launch passes by name."""
     rows, inner = x.shape
     if configs is None:
         chosen = choose(kernel, x.device, x.itemsize, rows=rows, features=columns)
     else:
         chosen = configs[kernel]
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return chosen["impl"], {
-        **{name: value for name, value in chosen.items() if name != "impl"},
+    if chosen == CUBLASLT:
+        return chosen
+    return {
+        **chosen,
         "WHOLE_K": inner % chosen["BLOCK_K"] == 0,
         "PRECISION": "tf32" if tf32 else "ieee",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ import diffit_kernels as dk
 from diffit.nn import DiffiTBlock
 from diffit_kernels import cuda, dispatch, reference, triton
 from diffit_kernels.problem import MLPProblem
+from diffit_kernels.triton.configs import Table
 from tests.cases import AttentionCase
 from tests.diffit_kernels.cuda.emulated import emulated
 from tests.numeric_rule import assert_numeric_rule
@@ -34,7 +34,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in (cuda, triton):
         monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "_interpreted", False)
-    monkeypatch.setattr(cuda, "_measured_faster", list)
+    monkeypatch.setattr(cuda, "table_of", lambda device: Table())
 
 
 def test_only_by_request(on_a_device: None) -> None:
@@ -47,18 +47,12 @@ def test_only_by_request(on_a_device: None) -> None:
 def test_auto_takes_what_was_measured_to_be_faster(
     on_a_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_measured_faster", lambda: [[15, 24]])
+    monkeypatch.setattr(cuda, "table_of", lambda device: Table(cuda_is_faster=[[15, 24]]))
     with dk.use_backend("auto"):
         assert dispatch.select(CUDA) is cuda
         assert dispatch.select(replace(CUDA, head_dim=32)) is triton
         assert dispatch.select(replace(CUDA, dtype=torch.float32)) is triton
         assert dispatch.select(MLP) is triton
-
-
-def test_nothing_is_said_to_be_faster_that_is_no_shape() -> None:
-    table = json.loads((Path(cuda.__file__).parent / "faster.json").read_text())
-    for shapes in table.values():
-        assert all(len(shape) == 2 and all(isinstance(n, int) for n in shape) for shape in shapes)
 
 
 @pytest.mark.parametrize(

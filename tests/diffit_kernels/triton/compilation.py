@@ -1,8 +1,9 @@
 """Compiles what the launchers launch, for GPUs that need not be there.
 
 Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its
-own: ``compiled(module)`` starts it, and there every call of ``module.launches()`` runs on tensors
-without memory, with the launch replaced by a record of its arguments.
+own: ``compiled(module)`` starts it. There, with each table of parameters, every call of
+``module.launches(entries)`` runs on tensors without memory, with the launch replaced by
+a record of its arguments. What was recorded is compiled by as many threads as there are cores.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from diffit_kernels.triton import configs
 
 # name: backend, architecture, threads of a warp, bytes of shared memory that a program may have
 TARGETS: dict[str, tuple[str, int | str, int, int]] = {
@@ -30,14 +35,34 @@ TARGETS: dict[str, tuple[str, int | str, int, int]] = {
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
 
+# The target of a device that a table names, by a part of its name.
+_DEVICES = {
+    "A100": "sm_80",
+    "H100": "sm_90",
+    "H200": "sm_90",
+    "B200": "sm_100",
+    "RTX 50": "sm_120",
+    "MI300": "gfx942",
+}
+
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 # What becomes of one kernel: target, call, kernel, shared memory, registers, spills, instructions.
 Result = dict[str, Any]
 
 
+def targets(table: str) -> list[str]:
+    """Those on which the table may be used: all for the default."""
+    if table == "default":
+        return list(TARGETS)
+    names = configs.tables()[table].devices
+    found = {target for part, target in _DEVICES.items() for name in names if part in name}
+    assert found, f"{table}.json: add the target of {names} to _DEVICES"
+    return sorted(found)
+
+
 def compiled(module: str) -> list[Result]:
-    """Every kernel that a call of ``module.launches()`` launches, for every target."""
+    """Every kernel that a call of ``module.launches(entries)`` launches, for every target."""
     changes = {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.run(
         [sys.executable, "-m", __name__, module],
@@ -66,39 +91,50 @@ def print_report(results: list[Result]) -> None:
     print()
     for result in results:
         print(
-            f"{result['target']:7} {result['call']:44} {result['kernel']:14} "
+            f"{result['target']:7} {result['call']:50} {result['kernel']:14} "
             f"{result['registers'] or '':>4} registers {result['shared']:>7} bytes shared "
             f"{result['spills']} spills"
         )
 
 
 @contextmanager
-def _recorded(record: Callable[..., None]) -> Iterator[None]:
+def _recorded() -> Iterator[list[tuple[Any, Any]]]:
+    """Sources and options of what is launched inside."""
     from triton.runtime.jit import JITFunction
+
+    launched = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launched.append(_specialise(kernel, arguments, named))
 
     run = JITFunction.run
     JITFunction.run = record
     try:
-        yield
+        yield launched
     finally:
         JITFunction.run = run
 
 
 def _main(module: str) -> None:
-    results = []
-    for name, call in importlib.import_module(module).launches().items():
+    rows = []  # what tells them apart, and the work that they share where they are equal
+    work: dict[tuple[str, ...], Future[Result]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for table, content in configs.tables().items():
+            configs.table_of = lambda device, content=content: content
+            configs.choose.cache_clear()
+            for name, call in importlib.import_module(module).launches(content.entries).items():
+                with _recorded() as launched, torch.device("meta"):
+                    call()
+                for (source, options), target in product(launched, targets(table)):
+                    key = (target, source.hash(), str(options))
+                    if key not in work:
+                        work[key] = pool.submit(_compile, target, source, options)
+                    rows.append(({"target": target, "call": f"{table}: {name}"}, work[key]))
+        print(json.dumps([row | future.result() for row, future in rows]))
 
-        def record(kernel: Any, *arguments: Any, name: str = name, **named: Any) -> None:
-            results.extend(_compile(name, kernel, arguments, named))
 
-        with _recorded(record), torch.device("meta"):
-            call()
-    print(json.dumps(results))
-
-
-def _compile(name: str, kernel: Any, arguments: tuple[Any, ...], named: Any) -> Iterator[Result]:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _specialise(kernel: Any, arguments: tuple[Any, ...], named: Any) -> tuple[Any, Any]:
+    """The source with what is constant in it, and the options of the compiler."""
     from triton.compiler import ASTSource
 
     options = {key: named.pop(key) for key in ("num_warps", "num_stages") if key in named}
@@ -118,28 +154,30 @@ def _compile(name: str, kernel: Any, arguments: tuple[Any, ...], named: Any) -> 
         if divisible and not constant:
             attributes[(position,)] = [["tt.divisibility", 16]]
         signature[parameter.name] = kind
-    for target, (backend, architecture, warp, _) in TARGETS.items():
-        source = ASTSource(kernel, signature, constants, attributes)
-        binary = triton.compile(
-            source, target=GPUTarget(backend, architecture, warp), options=options
-        )
-        result = {
-            "target": target,
-            "call": name,
-            "kernel": kernel.__name__,
-            "shared": binary.metadata.shared,
-            "registers": None,
-            "spills": None,
-            "access_bits": None,
-            "hgmma": None,
-        }
-        if target in ("sm_80", "sm_90"):
-            result |= _machine_code(binary.asm["cubin"])
-        elif backend == "hip":
-            assembly = binary.asm["amdgcn"]
-            result["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
-            result["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
-        yield result
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def _compile(target: str, source: Any, options: dict[str, int]) -> Result:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    backend, architecture, warp, _ = TARGETS[target]
+    binary = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
+    result = {
+        "kernel": source.fn.__name__,
+        "shared": binary.metadata.shared,
+        "registers": None,
+        "spills": None,
+        "access_bits": None,
+        "hgmma": None,
+    }
+    if target in ("sm_80", "sm_90"):
+        result |= _machine_code(binary.asm["cubin"])
+    elif backend == "hip":
+        assembly = binary.asm["amdgcn"]
+        result["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+        result["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+    return result
 
 
 def _machine_code(cubin: bytes) -> Result:

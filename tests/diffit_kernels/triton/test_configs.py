@@ -1,4 +1,4 @@
-"""Tuned tables: the nearest shape, the device's own table first."""
+"""Tuned tables: the nearest shape, the device's own table first, and which that is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def no_memory() -> Iterator[None]:
     for forget in (True, False):
-        for cached in (configs.choose, configs.load, configs._table):
+        for cached in (configs.choose, configs.table_of, configs.tables):
             cached.cache_clear()
         if forget:
             yield
@@ -41,7 +41,7 @@ def choose(
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def written_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = {
         "default": [
             entry("forward", 256, 64, 2, 1),
@@ -50,12 +50,19 @@ def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             entry("forward", 256, 64, 4, 4),
             entry("backward", 256, 64, 2, 5),
         ],
-        "h200": [entry("forward", 256, 64, 2, 6)],
+        "hopper": [entry("forward", 256, 64, 2, 6)],
+        "pcie": [entry("forward", 256, 64, 2, 7)],
     }
+    devices = {"default": [], "hopper": ["H100", "H200"], "pcie": ["H100 PCIe", "A100"]}
     for name, entries in written.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
-    monkeypatch.setattr(configs, "_TABLES", {name: tmp_path / f"{name}.json" for name in written})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+        table = {"devices": devices[name], "entries": entries}
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    named(monkeypatch, "NVIDIA H200")
+
+
+def named(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +75,11 @@ def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ((1024, 128, 4), 4),
     ],
 )
-def test_the_nearest_shape(tables: None, shape: tuple[int, int, int], block: int) -> None:
+def test_the_nearest_shape(written_tables: None, shape: tuple[int, int, int], block: int) -> None:
     assert choose("forward", *shape, CPU) == {"BLOCK_M": block}
 
 
-def test_the_table_of_the_device_comes_first(tables: None) -> None:
+def test_the_table_of_the_device_comes_first(written_tables: None) -> None:
     assert choose("forward", 1024, 64, 2, CUDA) == {"BLOCK_M": 6}
     assert choose("forward", 1024, 64, 4, CUDA) == {"BLOCK_M": 4}
     assert choose("backward", 1024, 64, 2, CUDA) == {"BLOCK_M": 5}
@@ -80,8 +87,60 @@ def test_the_table_of_the_device_comes_first(tables: None) -> None:
         choose("sideways", 1024, 64, 2, CUDA)
 
 
+@pytest.mark.parametrize(
+    ("device", "block"),
+    [
+        ("NVIDIA H100 80GB HBM3", 6),
+        ("NVIDIA H200", 6),
+        ("NVIDIA H100 PCIe", 7),  # the longest name
+        ("NVIDIA A100-SXM4-80GB", 7),
+        ("NVIDIA A100 80GB PCIe", 7),
+        ("NVIDIA GH200 480GB", 1),  # H200 is no word of it
+        ("NVIDIA A10", 1),
+        ("AMD Instinct MI300X", 1),
+    ],
+)
+def test_devices_share_a_table(
+    written_tables: None, monkeypatch: pytest.MonkeyPatch, device: str, block: int
+) -> None:
+    named(monkeypatch, device)
+    assert choose("forward", 256, 64, 2, CUDA) == {"BLOCK_M": block}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"devices": [], "rows": []}'])
+def test_what_is_no_table(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json is no table of parameters"):
+        configs.read(path)
+
+
+@pytest.mark.parametrize("entries", [[], [entry("forward", 256, 64, 2, 1)] * 3])
+def test_what_is_written_is_read(tmp_path: Path, entries: list[dict]) -> None:
+    """In the format of the tables that are here, and with nothing left beside it."""
+    table = configs.Table(["H200"], [[256, 72]], entries)
+    path = tmp_path / "table.json"
+    configs.write(path, table)
+    assert configs.read(path) == table
+    assert list(tmp_path.iterdir()) == [path]
+    for name, known in configs.tables().items():
+        configs.write(path, known)
+        assert path.read_text() == (configs.FOLDER / f"{name}.json").read_text()
+
+
+def test_no_device_is_named_twice() -> None:
+    named = [words.lower() for table in configs.tables().values() for words in table.devices]
+    assert len(named) == len(set(named))
+
+
+def test_cuda_is_said_to_be_faster_at_shapes_only() -> None:
+    for table in configs.tables().values():
+        for shape in table.cuda_is_faster:
+            assert [type(number) for number in shape] == [int, int]
+
+
 def test_the_default_serves_every_kernel_and_size_of_number() -> None:
-    entries = configs.load("default")
+    entries = configs.tables()["default"].entries
     kernels = {entry["kernel"] for entry in entries}
     assert {(entry["kernel"], entry["itemsize"]) for entry in entries} == {
         (kernel, itemsize) for kernel in kernels for itemsize in (2, 4)

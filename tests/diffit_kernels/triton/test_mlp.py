@@ -12,7 +12,7 @@ import torch
 import diffit_kernels as dk
 from diffit_kernels import triton as backend
 from diffit_kernels.problem import MLPProblem
-from diffit_kernels.triton.configs import load
+from diffit_kernels.triton.configs import CUBLASLT, Entry, tables
 from tests.cases import LAYOUTS, MLPCase
 from tests.diffit_kernels.triton import compilation
 from tests.diffit_kernels.triton.device import DEVICE, DTYPES, check, name_of, on_device, outputs
@@ -20,7 +20,7 @@ from tests.numeric_rule import assert_numeric_rule
 
 pytest.importorskip("triton")
 
-KERNELS = ("mlp_gelu", "mlp_bias", "mlp_gelu_backward")
+KERNELS = ("mlp_gelu", "mlp_gelu_hidden", "mlp_bias", "mlp_gelu_backward")
 # The smallest tile there is: small problems have several in every direction.
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2, "num_warps": 1, "num_stages": 1}
 
@@ -43,9 +43,9 @@ TAILS = [
 ]
 
 
-def use_configs(monkeypatch: pytest.MonkeyPatch, **parameters: object) -> None:
-    """Launch every kernel with these parameters."""
-    configs = dict.fromkeys(KERNELS, {"impl": "triton"} | TILE | parameters)
+def use_configs(monkeypatch: pytest.MonkeyPatch, **configs: dict) -> None:
+    """Launch every kernel with the smallest tile, or the parameters given for it."""
+    configs = dict.fromkeys(KERNELS, TILE) | configs
     for name in ("mlp", "mlp_backward"):
         monkeypatch.setattr(backend, name, partial(getattr(backend, name), configs=configs))
 
@@ -65,7 +65,7 @@ def test_tails_of_tiles(monkeypatch: pytest.MonkeyPatch, case: MLPCase) -> None:
 @pytest.mark.parametrize("group", [1, 3])
 def test_groups_of_tiles(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
     """Every tile is computed once, whatever the order."""
-    use_configs(monkeypatch, GROUP=group)
+    use_configs(monkeypatch, **dict.fromkeys(KERNELS, TILE | {"GROUP": group}))
     check(MLPCase((65, 16), 47, 33))
 
 
@@ -149,7 +149,9 @@ def test_two_calls_are_equal(default_algorithms: None, dtype: torch.dtype) -> No
         assert torch.equal(tensor, second[name]), name
 
 
-def test_without_gradients_the_result_is_the_same() -> None:
+def test_without_gradients_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same tiles for both; a tuned table may have others."""
+    use_configs(monkeypatch)
     case = MLPCase((17, 24), 33, 24, residual=torch.float32)
     leaves = [on_device(x).requires_grad_() for x in case.inputs().values()]
     with torch.no_grad():
@@ -168,7 +170,7 @@ def test_cublaslt(
     dtype: torch.dtype,
     residual: torch.dtype | None,
 ) -> None:
-    use_configs(monkeypatch, impl="cublaslt")
+    use_configs(monkeypatch, mlp_gelu=CUBLASLT, mlp_bias=CUBLASLT)
     case = replace(case, dtype=dtype, residual=residual)
     check(case)
     with torch.no_grad():
@@ -181,27 +183,30 @@ def test_cublaslt(
 # --- compiled for GPUs that need not be there
 
 
-def launches() -> dict[str, Callable[[], None]]:
-    """A call, forward and backward, for every entry of the table; features are no whole tiles."""
-    shapes = {
-        (entry["rows"], {2: torch.bfloat16, 4: torch.float32}[entry["itemsize"]])
-        for entry in load("default")
-        if entry["kernel"] in KERNELS
-    }
-    return {
-        f"{rows}-{name_of(dtype)}": partial(_launch, MLPCase((rows, 1168), 4624, 1168, dtype))
-        for rows, dtype in sorted(shapes, key=str)
-    }
+def launches(entries: list[Entry]) -> dict[str, Callable[[], None]]:
+    """A call, forward and backward, for every entry of a table; sums are over no whole tiles."""
+    dtypes = {2: torch.bfloat16, 4: torch.float32}
+    calls = {}
+    for entry in entries:
+        if (kernel := entry["kernel"]) in KERNELS:
+            rows, features, dtype = entry["rows"], entry["features"], dtypes[entry["itemsize"]]
+            hidden, out = (4624, features) if kernel == "mlp_bias" else (features, 1168)
+            case = MLPCase((rows, 1168), hidden, out, dtype)
+            calls[f"{kernel}-{rows}-{features}-{name_of(dtype)}"] = partial(_launch, kernel, case)
+    return calls
 
 
-def _launch(case: MLPCase) -> None:
+def _launch(kernel: str, case: MLPCase) -> None:
     (rows, features), hidden, out = case.shape, case.hidden, case.out
     shapes = ((rows, features), (hidden, features), (hidden,), (out, hidden), (out,))
     inputs = [torch.empty(shape, dtype=case.dtype) for shape in shapes]
     residual = torch.empty(rows, out)
     problem = MLPProblem.from_tensors(*inputs, residual)
-    _, saved = backend.mlp(problem, *inputs, residual, save_hidden=True)
-    backend.mlp_backward(problem, residual.to(case.dtype), *inputs[:4], saved)
+    if kernel == "mlp_gelu_backward":
+        saved = torch.empty(rows, hidden, dtype=case.dtype)
+        backend.mlp_backward(problem, residual.to(case.dtype), *inputs[:4], saved)
+    else:
+        backend.mlp(problem, *inputs, residual, save_hidden=kernel == "mlp_gelu_hidden")
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +217,10 @@ def compiled() -> list[compilation.Result]:
 
 
 def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
-    assert len(compiled) == 3 * len(launches()) * len(compilation.TARGETS)
+    for name, table in tables().items():
+        for target in compilation.targets(name):
+            calls = {result["call"] for result in compiled if result["target"] == target}
+            assert {f"{name}: {call}" for call in launches(table.entries)} <= calls
     compilation.assert_fits(compiled)
 
 
