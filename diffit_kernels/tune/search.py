@@ -109,13 +109,13 @@ class Search:
                     self._done.add(key)
             works.append(work)
         if operator == "window_attention" and CUDA in self.kernels:
-            shape = [layer.window**2, layer.head_dim]
+            square = [layer.window**2, layer.head_dim]
             cannot = cuda.unavailable() or cuda.supports(works[0].problem)
-            if not cannot and (CUDA, *shape) not in self._done:
+            if not cannot and (CUDA, *square) not in self._done:
                 if not self.budget.allows():
                     return False
-                self._compare(works, shape)
-                self._done.add((CUDA, *shape))
+                self._compare(works, square)
+                self._done.add((CUDA, *square))
         return True
 
     def _tune_kernel(self, work: Pass, kernel: str, shape: Shape) -> None:

@@ -1,10 +1,15 @@
-"""The operators and a block on CUDA tensors without data: what a compiler sees, without a GPU."""
+"""The operators and a block on CUDA tensors without data: what a compiler sees, without a GPU.
+
+Autograd asks the driver for the stream of every leaf, also of a fake one, so that PyTorch's builds
+for the CPU end the process. The backward operators are called themselves instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from importlib import import_module
+from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +17,13 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import diffit_kernels as dk
-from tests.cases import DTYPES, AddLayerNormCase, AttentionCase, MLPCase
+from diffit.nn import DiffiTBlock
 
-LAYOUTS = ["contiguous", "channels first", "tokens first", "sliced channels"]
-HALF = DTYPES[1:]
+BATCH, GRID, WINDOW, HEADS, WIDTH = 3, (6, 10), (3, 5), 2, 24
+TOKENS, DIM, TEMB = prod(GRID), HEADS * WIDTH, 20
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+ops = torch.ops.diffit
 
 
 @pytest.fixture(autouse=True)
@@ -27,33 +35,94 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for name in ("add_layer_norm", "mlp", "window_attention"):
         monkeypatch.setattr(import_module(f"diffit_kernels.ops.{name}"), "select", refuse)
-    # Autograd has threads for the devices that are there; this one is not.
-    with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False):
+    with FakeTensorMode(), torch.no_grad():
         yield
 
 
-def on_cuda(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Fakes with the sizes and strides of tensors."""
-    return {
-        name: torch.empty_strided(
-            x.shape, x.stride(), dtype=x.dtype, device="cuda", requires_grad=True
-        )
-        for name, x in tensors.items()
-        if x is not None
-    }
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
 
 
-def assert_is(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def assert_is(x: Tensor, *shape: int, dtype: torch.dtype) -> None:
     assert isinstance(x, FakeTensor)
     assert x.device == torch.device("cuda", 0)
     assert (x.shape, x.dtype) == (shape, dtype)
     assert x.is_contiguous()
 
 
-def assert_gradients(outputs: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> None:
+def assert_like(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
     """Each as its input, but contiguous."""
-    grads = torch.autograd.grad(
-        outputs, list(leaves.values()), [torch.ones_like(x) for x in outputs]
+    for grad, x in zip(grads, inputs, strict=True):
+        assert_is(grad, *x.shape, dtype=x.dtype)
+
+
+def test_window_attention(dtype: torch.dtype) -> None:
+    qkv = fake(TOKENS, BATCH, 3 * DIM, dtype=dtype).transpose(0, 1)
+    table = fake((2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1), HEADS)
+    rows = [fake(BATCH, DIM, dtype=dtype) for _ in range(2)]
+    inputs, sizes = (qkv, table, *rows), (HEADS, WINDOW, GRID, 0.2)
+    out, lse = ops.window_attention(*inputs, *sizes)
+    assert_is(out, BATCH, TOKENS, DIM, dtype=dtype)
+    assert_is(lse, BATCH, HEADS, TOKENS, dtype=torch.float32)
+    assert_like(ops.window_attention_backward(out, *inputs, lse, *sizes), inputs)
+    grads = ops.window_attention_backward(out, qkv, None, None, None, lse, *sizes)
+    assert [grad.numel() for grad in grads[1:]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_mlp(dtype: torch.dtype, residual: bool) -> None:
+    shapes = ((BATCH, TOKENS, DIM), (99, DIM), (99,), (33, 99), (33,))
+    inputs = tuple(fake(*shape, dtype=dtype) for shape in shapes)
+    added = fake(BATCH, TOKENS, 33) if residual else None
+    y, hidden = ops.mlp(*inputs, added, True)
+    assert_is(y, BATCH, TOKENS, 33, dtype=torch.float32 if residual else dtype)
+    assert hidden.device == y.device
+    assert_like(ops.mlp_backward(y.to(dtype), *inputs, hidden), inputs)
+
+
+def test_add_layer_norm(dtype: torch.dtype) -> None:
+    x, y = fake(BATCH, TOKENS, DIM, dtype=dtype), fake(TOKENS, BATCH, DIM, dtype=dtype)
+    s, n = ops.add_layer_norm(x, y.transpose(0, 1), 1e-6)
+    assert_like((s, n), (x, x))
+    assert_is(ops.add_layer_norm_backward(s, n, s, 1e-6), *x.shape, dtype=dtype)
+
+
+def test_time_rows(dtype: torch.dtype) -> None:
+    layers = 5
+    rows = dk.time_rows(
+        fake(BATCH, TEMB, dtype=dtype),
+        fake(layers, 3 * DIM, TEMB, dtype=dtype),
+        fake(layers, 3 * DIM, dtype=dtype),
     )
-    for leaf, grad in zip(leaves.values(), grads, strict=True):
-        assert_is(grad, leaf.shape, leaf.dtype)
+    assert (rows.shape, rows.dtype) == ((layers, BATCH, 3 * DIM), dtype)
+
+
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="a build for the CPU cannot index fake CUDA tensors"
+)
+def test_a_block_is_one_graph(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Random numbers come from the device's own generator, which is not there.
+    for name in ("kaiming_uniform_", "trunc_normal_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda x, *_, **__: x)
+    options = {"temb_dim": TEMB, "window_size": WINDOW, "dtype": dtype}
+    block = DiffiTBlock(DIM, HEADS, device="cuda", **options)
+    called: set[str] = set()
+
+    def capture(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(block, backend=capture, fullgraph=True)
+    try:
+        x, temb = fake(BATCH, TOKENS, DIM, dtype=dtype), fake(BATCH, TEMB, dtype=dtype)
+        y = compiled(x, temb, grid_size=GRID)
+    finally:
+        torch._dynamo.reset()
+    assert_is(y, BATCH, TOKENS, DIM, dtype=dtype)
+    names = {name.removeprefix("diffit.").partition(".")[0] for name in called if "diffit" in name}
+    assert names >= {"window_attention", "mlp", "add_layer_norm"}
