@@ -16,7 +16,13 @@ from diffit.diffusion import ImageNoise
 from diffit.models.vae import LatentCodec
 from diffit.ranks import Ranks
 from tests.diffit.models.test_vae import tiny
-from tests.diffit.training.tiny import CLASSES, IMAGE, LATENT, pictures
+from tests.diffit.training.tiny import (
+    CLASSES,
+    IMAGE,
+    LATENT,
+    pictures,
+    tiny_presets,  # noqa: F401
+)
 
 COUNT = 11
 

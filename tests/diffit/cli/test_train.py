@@ -27,6 +27,7 @@ from tests.diffit.training.tiny import (
     latents,
     pictures,
     stats,
+    tiny_presets,  # noqa: F401
 )
 
 Train = Callable[..., int]

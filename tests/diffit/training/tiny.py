@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,32 +31,41 @@ IMAGE, LATENT = "tiny_emoji", "tiny_256"  # their recipes are those of the words
 CLASSES = 3
 ROOT = Path(__file__).parents[3]
 
-PRESETS[IMAGE] = Preset(
-    ImageDiffiT,
-    replace(EDM_18, steps=2),
-    0.0,
-    0.0001,
-    None,
-    {
-        "img_resolution": 8,
-        "label_dim": CLASSES,
-        "augment_dim": 9,
-        "channels": (16,),
-        "depths": (1,),
-        "head_dim": 8,
-        "window_size": 4,
-        "temb_dim": 16,
-        "label_dropout": 0.1,
-    },
-)
-PRESETS[LATENT] = Preset(
-    LatentDiffiT,
-    DDPM_256,
-    0.0,
-    0.0001,
-    None,
-    {"input_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": CLASSES},
-)
+TINY = {
+    IMAGE: Preset(
+        ImageDiffiT,
+        replace(EDM_18, steps=2),
+        0.0,
+        0.0001,
+        None,
+        {
+            "img_resolution": 8,
+            "label_dim": CLASSES,
+            "augment_dim": 9,
+            "channels": (16,),
+            "depths": (1,),
+            "head_dim": 8,
+            "window_size": 4,
+            "temb_dim": 16,
+            "label_dropout": 0.1,
+        },
+    ),
+    LATENT: Preset(
+        LatentDiffiT,
+        DDPM_256,
+        0.0,
+        0.0001,
+        None,
+        {"input_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": CLASSES},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known in the module that imports this."""
+    for name, preset in TINY.items():
+        monkeypatch.setitem(PRESETS, name, preset)
 
 
 def pictures(path: Path, count: int = 11, size: int = 8) -> Path:
@@ -128,4 +138,5 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    PRESETS.update(TINY)
     sys.exit(main())

@@ -118,6 +118,7 @@ def compiled() -> list[compilation.Result]:
     return results
 
 
+@pytest.mark.xdist_group("test_add_layer_norm")  # they compile once
 def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
     calls = sum(
         len(launches(table.entries)) * len(compilation.targets(name))
@@ -127,6 +128,7 @@ def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
     compilation.assert_fits(compiled)
 
 
+@pytest.mark.xdist_group("test_add_layer_norm")  # they compile once
 def test_memory_is_accessed_by_16_bytes(compiled: list[compilation.Result]) -> None:
     for result in compiled:
         if result["access_bits"] is not None and "autocast" not in result["call"]:

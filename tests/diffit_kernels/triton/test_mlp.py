@@ -216,6 +216,7 @@ def compiled() -> list[compilation.Result]:
     return results
 
 
+@pytest.mark.xdist_group("test_mlp")  # they compile once
 def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
     for name, table in tables().items():
         for target in compilation.targets(name):
@@ -224,6 +225,7 @@ def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
     compilation.assert_fits(compiled)
 
 
+@pytest.mark.xdist_group("test_mlp")  # they compile once
 def test_16_bit_products_use_the_tensor_cores_of_hopper(compiled: list[compilation.Result]) -> None:
     products = [result for result in compiled if result["target"] == "sm_90"]
     for result in products:

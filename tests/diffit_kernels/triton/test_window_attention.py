@@ -244,6 +244,7 @@ def compiled() -> list[compilation.Result]:
     return results
 
 
+@pytest.mark.xdist_group("test_window_attention")  # they compile once
 def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
     for name, table in configs.tables().items():
         calls = {f"{name}: {call}" for call in launches(table.entries)}
@@ -252,6 +253,7 @@ def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
     compilation.assert_fits(compiled)
 
 
+@pytest.mark.xdist_group("test_window_attention")  # they compile once
 def test_large_windows_use_the_tensor_cores_of_hopper(compiled: list[compilation.Result]) -> None:
     large = [
         result
