@@ -150,25 +150,10 @@ def test_the_tests_of_both_backends_are_there() -> None:
 # --- tuning
 
 
-def test_tuning_is_a_command_whose_failure_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(commands, "ROOT", tmp_path)
-    package = tmp_path / "diffit_kernels"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    table = tmp_path / "table.json"
-    given = replace(job(tmp_path), table=table)
-    missing = commands.tune(given)
-    assert "No module named diffit_kernels.tune" in missing["failures"][0]
-    (package / "tune.py").write_text(
-        "import sys\n"
-        "given = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
-        "open(given['--out'], 'w').write('[]')\n"
-        "assert 0 < float(given['--minutes']) < 1\n"
-    )
-    assert commands.tune(given)["failures"] == []
-    assert table.read_text() == "[]"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would tune")
+def test_tuning_is_a_command_whose_failure_is_told(tmp_path: Path) -> None:
+    told = commands.tune(replace(job(tmp_path), table=tmp_path / "table.json"))
+    assert "PyTorch sees no CUDA or ROCm device" in told["failures"][0]
 
 
 # --- the sanitizer
