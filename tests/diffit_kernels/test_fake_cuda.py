@@ -1,14 +1,18 @@
 """The operators and a block on CUDA tensors without data: what a compiler sees, without a GPU.
 
-Autograd asks the driver for the stream of every leaf, also of a fake one, so that PyTorch's builds
-for the CPU end the process. The backward operators are called themselves instead.
+PyTorch's builds for the CPU have no guard that switches to such a device, and stop where a view is
+taken or a leaf wants a gradient: the block gets one that does nothing. Even then the engine of
+autograd runs no node there, so the backward operators are called themselves.
 """
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 from collections.abc import Iterator
 from importlib import import_module
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 import diffit_kernels as dk
 from diffit.nn import DiffiTBlock
+from tests.cuda_emulator.build import compiler
 
 BATCH, GRID, WINDOW, HEADS, WIDTH = 3, (6, 10), (3, 5), 2, 24
 TOKENS, DIM, TEMB = prod(GRID), HEADS * WIDTH, 20
@@ -102,15 +107,42 @@ def test_time_rows(dtype: torch.dtype) -> None:
     assert (rows.shape, rows.dtype) == ((layers, BATCH, 3 * DIM), dtype)
 
 
-@pytest.mark.skipif(
-    not torch.backends.cuda.is_built(), reason="a build for the CPU cannot index fake CUDA tensors"
-)
-def test_a_block_is_one_graph(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+extern "C" void set_guard(bool there) {
+  static const c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
+  c10::impl::registerDeviceGuard(c10::DeviceType::CUDA, there ? &guard : nullptr);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def device_guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where PyTorch has none for CUDA."""
+    if torch.backends.cuda.is_built():
+        yield
+        return
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
+    torch_path, library = Path(torch.__file__).parent, tmp_path_factory.mktemp("guard") / "guard.so"
+    command = [compiler(), "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
+    command += [f"-I{torch_path / 'include'}", f"-L{torch_path / 'lib'}", "-lc10"]
+    subprocess.run(command, input=GUARD, text=True, check=True)
+    set_guard = ctypes.CDLL(str(library)).set_guard
+    set_guard(True)
+    yield
+    set_guard(False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_is_one_graph(
+    device_guard: None, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Random numbers come from the device's own generator, which is not there.
     for name in ("kaiming_uniform_", "trunc_normal_", "uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda x, *_, **__: x)
     options = {"temb_dim": TEMB, "window_size": WINDOW, "dtype": dtype}
-    block = DiffiTBlock(DIM, HEADS, device="cuda", **options)
+    block = DiffiTBlock(DIM, HEADS, device="cuda", **options).requires_grad_(training)
     called: set[str] = set()
 
     def capture(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
@@ -120,9 +152,11 @@ def test_a_block_is_one_graph(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     compiled = torch.compile(block, backend=capture, fullgraph=True)
     try:
         x, temb = fake(BATCH, TOKENS, DIM, dtype=dtype), fake(BATCH, TEMB, dtype=dtype)
-        y = compiled(x, temb, grid_size=GRID)
+        with torch.set_grad_enabled(training):
+            y = compiled(x, temb, grid_size=GRID)
     finally:
         torch._dynamo.reset()
     assert_is(y, BATCH, TOKENS, DIM, dtype=dtype)
+    assert y.requires_grad == training
     names = {name.removeprefix("diffit.").partition(".")[0] for name in called if "diffit" in name}
     assert names >= {"window_attention", "mlp", "add_layer_norm"}
