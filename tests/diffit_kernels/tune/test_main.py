@@ -121,3 +121,41 @@ def test_launches_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels == [5]
     assert asked == [True, False]
     assert JITFunction.run is run
+
+
+COMPILE = """
+from functools import partial
+from importlib import import_module
+from unittest.mock import Mock
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from diffit_kernels import triton as backend
+from diffit_kernels.problem import AddLayerNormProblem
+from diffit_kernels.tune.gpu import GPU
+
+target = Mock(**{"get_current_target.return_value": GPUTarget("cuda", 90, 32)})
+target.get_current_device.return_value = 0
+triton.runtime.driver.set_active(target)
+x = torch.zeros(64, 128)
+problem = AddLayerNormProblem.from_tensors(x, x, 1e-6)
+candidates = [{"ROWS": rows, "num_warps": 4} for rows in (3, 1, 4)]  # 3 is no power of 2
+GPU.compile(None, [
+    partial(backend.add_layer_norm, problem, x, x, 1e-6, configs={"add_layer_norm": candidate})
+    for candidate in candidates
+])
+kernel = import_module("diffit_kernels.triton.add_layer_norm").forward
+for compiled in kernel.device_caches[0][0].values():
+    print(compiled.name, "sm_90" in compiled.asm["ptx"])
+"""
+
+
+def test_candidates_are_compiled_and_not_launched(tmp_path: Path) -> None:
+    """For a GPU that is not there, so a launch would fail; so does one of the three."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "forward True\n" * 2
