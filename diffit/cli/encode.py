@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffit.cli.arguments import positive_int
+
 HELP = "encode pictures into the latents that latent networks train on"
-BATCH = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", required=True, metavar="NAME", help="the network to train: sets size, classes")
     add("--out", type=Path, required=True, help="folder; the same command again completes it")
     add("--vae", metavar="FOLDER|ID", help="autoencoder (default: the published networks')")
-    add("--batch-size", type=int, default=BATCH, metavar="N", help=f"pictures at once ({BATCH})")
+    add("--batch-size", type=positive_int, default=8, metavar="N", help="pictures at once (8)")
     add("--device", help="default: cuda where there is one, else cpu")
 
 
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError, OSError, ImportError, RuntimeError: wrong input.
     """
     import torch
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     from diffit.cli.machine import pick_device
     from diffit.data.dataset import ImageDataset
@@ -36,8 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     from diffit.models.vae import LatentCodec
     from diffit.ranks import ranks
 
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
     with torch.device("meta"):
         network = create_model(arguments.preset)
     if not isinstance(network, LatentDiffiT):

@@ -75,9 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError: wrong input.
     """
-    from diffit.cli.gallery import replacing
     from diffit.cli.machine import pick_device
     from diffit.evaluation import create_extractor, measure, write_statistics
+    from diffit.files import replacing
     from diffit.ranks import ranks
 
     _require_sensible(arguments)

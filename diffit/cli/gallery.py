@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffit.files import replacing
+
 Note = Mapping[str, Any]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
@@ -116,19 +118,6 @@ class Gallery:
                 "delete its folder or choose another --out"
             )
         return True
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` when it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def pixels_of(path: Path) -> Pixels:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from diffit.cli.arguments import finite_number, positive_int
 from diffit.cli.seeds import CLASS_NAMES, parse_classes, parse_seeds
 
 if TYPE_CHECKING:
@@ -22,22 +22,6 @@ if TYPE_CHECKING:
 HELP = "sample pictures: a grid, single PNGs, or an npz for evaluators"
 STEPS = {"edm": 18, "ddpm": 250, "ddim": 50, "dpm++": 25}  # where they are not the preset's
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,17 +53,17 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, seeds: str) -> None:
         "number s modulo n; default: each seed draws its own",
     )
     add("--sampler", choices=tuple(STEPS), help="default: the preset's")
-    add("--steps", type=_positive, metavar="N", help="of the sampler; default: the preset's")
+    add("--steps", type=positive_int, metavar="N", help="of the sampler; default: the preset's")
     add(
         "--guidance",
-        type=_finite,
+        type=finite_number,
         metavar="SCALE",
         help="weight of classifier-free guidance, on the preset's schedule; 1: none; default: the "
         "preset's",
     )
     add(
         "--guidance-interval",
-        type=_finite,
+        type=finite_number,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="guide with that weight between these noise levels (edm) or time steps only",
@@ -87,7 +71,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, seeds: str) -> None:
     add("--vae", metavar="SOURCE", help="decoder of latent networks: a folder or a repository")
     add("--dtype", choices=DTYPES, help="of the network; default: that of its weights")
     add("--device", help="default: cuda where there is one, else cpu")
-    add("--batch-size", type=_positive, metavar="N", help="default: what fits into free memory")
+    add(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="default: what fits into free memory",
+    )
     add("--compile", action="store_true", help="torch.compile the network")
 
 
@@ -188,7 +177,7 @@ def make_plan(arguments: argparse.Namespace, peers: Ranks) -> Plan:
 
 def progress_bar(total: int, *, show: bool) -> Any:
     """Of pictures, whole or in part, where there is a terminal."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     return tqdm(
         total=total,

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffit.cli.arguments import positive_int, positive_number
+
 if TYPE_CHECKING:
     from diffit.data.dataset import Dataset
     from diffit.models import DiffusionNetwork, Sampling
@@ -14,19 +16,6 @@ if TYPE_CHECKING:
 HELP = "train the network of a preset; the same command again goes on with it"
 DTYPES = ("float32", "bfloat16")
 GRID = 6  # rows and columns of the pictures of a snapshot
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,19 +29,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures as `diffit data` packs them; a folder of latents for latent networks",
     )
     add("--out", type=Path, required=True, help="folder of the run")
-    add("--steps", type=_positive, metavar="N", help="default: the recipe's, as for all below")
-    add("--batch-size", type=_positive, metavar="N", help="images of a step, over all processes")
-    add("--lr", type=_rate, help="learning rate")
-    add("--checkpoint-every", type=_positive, metavar="N", help="steps between checkpoints")
+    add(
+        "--steps",
+        type=positive_int,
+        metavar="N",
+        help="default: the recipe's, as for all below",
+    )
+    add(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="images of a step, over all processes",
+    )
+    add("--lr", type=positive_number, help="learning rate")
+    add("--checkpoint-every", type=positive_int, metavar="N", help="steps between checkpoints")
     add(
         "--snapshot-every",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         help="steps between snapshots: averaged weights and, of image networks, a grid of samples",
     )
-    add("--keep", type=_positive, default=2, metavar="K", help="newest checkpoints that stay (2)")
+    add(
+        "--keep",
+        type=positive_int,
+        default=2,
+        metavar="K",
+        help="newest checkpoints that stay (2)",
+    )
     add("--seed", type=int, default=0, help="of everything (0)")
-    add("--micro-batch", type=_positive, metavar="N", help="images at once; default: all")
+    add("--micro-batch", type=positive_int, metavar="N", help="images at once; default: all")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the products (float32)")
     add("--tf32", action="store_true", help="let GPUs round float32 products")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="replicas or shards (ddp)")
@@ -140,8 +145,8 @@ def _draw(network: DiffusionNetwork, sampling: Sampling, path: Path) -> None:
     """A grid of the pictures of the first seeds, one class after the other."""
     from PIL import Image
 
-    from diffit.cli.gallery import replacing
     from diffit.cli.pictures import Painter
+    from diffit.files import replacing
 
     seeds = list(range(GRID**2))
     classes = [seed % network.num_classes if network.num_classes else None for seed in seeds]

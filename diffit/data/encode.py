@@ -8,17 +8,15 @@ are, and how often they were interrupted, changes nothing.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from diffit.data.dataset import ImageDataset
 from diffit.diffusion import ImageNoise
+from diffit.files import save_tensors
 from diffit.models.vae import LatentCodec
 from diffit.ranks import Ranks
 
@@ -77,7 +75,7 @@ def encode(
             "latents": torch.cat(parts),
             "labels": dataset.labels[indices],
         }
-        _write(path, tensors, origin)
+        save_tensors(path, tensors, {ORIGIN: origin})
 
 
 def _require_origin(path: Path, origin: str) -> None:
@@ -91,17 +89,3 @@ def _require_origin(path: Path, origin: str) -> None:
             f"{path}: holds latents of another set or another autoencoder ({found}); "
             "choose another --out"
         )
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], origin: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, {ORIGIN: origin})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, SafetensorError):  # a full disk, for example
-            raise OSError(f"{path}: could not be written: {error}") from error
-        raise

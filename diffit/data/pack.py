@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from diffit.files import replacing
 
 INDEX = "dataset.json"
 FOLDER_SIZE = 1000  # pictures in a folder of the zip
@@ -101,24 +101,17 @@ def pack(source: Path, out: Path, *, size: int | None = None) -> Report:
     for name in found.others:
         report.leave_out("not a picture", name)
     labelled = any(picture.label is not None for picture in found.pictures)
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            labels = []
-            for picture, png in _encoded(found.pictures, size, labelled, report):
-                name = f"{report.kept // FOLDER_SIZE:05d}/img{report.kept:08d}.png"
-                _write(archive, name, png)
-                labels.append([name, picture.label])
-                report.kept += 1
-            if not labels:
-                raise ValueError(f"{source}: no pictures to keep; {report}".replace("\n", "; "))
-            index = {"labels": labels if labelled else None, "classes": found.classes}
-            _write(archive, INDEX, json.dumps(index).encode())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(out) as file, zipfile.ZipFile(file, "w") as archive:
+        labels = []
+        for picture, png in _encoded(found.pictures, size, labelled, report):
+            name = f"{report.kept // FOLDER_SIZE:05d}/img{report.kept:08d}.png"
+            _write(archive, name, png)
+            labels.append([name, picture.label])
+            report.kept += 1
+        if not labels:
+            raise ValueError(f"{source}: no pictures to keep; {report}".replace("\n", "; "))
+        index = {"labels": labels if labelled else None, "classes": found.classes}
+        _write(archive, INDEX, json.dumps(index).encode())
     return report
 
 

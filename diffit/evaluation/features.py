@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -59,7 +60,7 @@ class Extractor(Protocol):
         """Of pictures (B, 3, H, W), uint8."""
 
 
-class _OnPictures:
+class _OnPictures(ABC):
     """Checks what it is called with, and has it on its device."""
 
     _device: torch.device | str
@@ -77,8 +78,9 @@ class _OnPictures:
             )
         return self._features(images.to(self._device))
 
+    @abstractmethod
     def _features(self, images: Tensor) -> Features:
-        raise NotImplementedError
+        """Of what was checked."""
 
 
 class EffnetLite0(_OnPictures):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +20,9 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from diffit.files import save_tensors
 
 # Of the repository nvidia/DiffiT, by input_size.
 PUBLISHED_FILES = {32: "diffit_256.safetensors", 64: "diffit_512.safetensors"}
@@ -119,17 +119,7 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
     """
     metadata = {"network": type(model).__name__, "config": model._hub_mixin_config, **notes}
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(state, temporary, {"format": "pt", METADATA: json.dumps(metadata)})
-        os.chmod(temporary, 0o644)  # mkstemp's are private
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, SafetensorError):  # a full disk, for example
-            raise OSError(f"{path}: could not be written: {error}") from error
-        raise
+    save_tensors(path, state, {"format": "pt", METADATA: json.dumps(metadata)})
 
 
 def find_weights(source: str | os.PathLike[str], input_size: int = 32, **hub_options: Any) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffit.extras import import_extra
+from diffit.files import replacing
 
 STATS = "stats.jsonl"
 CEILING_SECONDS = 0.3
@@ -33,12 +34,10 @@ class Log:
     def __init__(self, folder: Path, step: int, *, tensorboard: bool) -> None:
         path = folder / STATS
         kept = [line for line in read_stats(path) if line["step"] <= step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+        with replacing(path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
         self._file = path.open("a")
         self._events: Any = None
         if tensorboard:

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from diffit.data.dataset import Dataset
 from diffit.data.order import stream_seed
+from diffit.files import replacing
 from diffit.models import DiffusionNetwork, create_model, get_preset, save_weights
 from diffit.ranks import Ranks
 from diffit.training.batches import Batches, ahead
@@ -299,9 +300,8 @@ class Trainer:
             return
         dataset.check()
         self.out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(identity))
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write(json.dumps(identity).encode())
 
     def _averaged(self) -> DiffusionNetwork | None:
         """The network with averaged weights, for the first process, on its device."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diffit.extras import import_extra
+from diffit.files import replacing
 from diffit.nn import TMSA
 from diffit.viz.attention import Moment, attention_received
 
@@ -162,10 +163,8 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=DPI)
-        temporary.replace(path)
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=DPI)
     finally:
-        temporary.unlink(missing_ok=True)
         _pyplot().close(figure)

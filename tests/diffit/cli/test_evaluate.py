@@ -21,8 +21,7 @@ from PIL import Image
 import diffit
 from diffit.cli import main
 from diffit.cli.evaluate import sha256_of
-from tests.diffit.cli.test_main import fails  # noqa: F401
-from tests.diffit.cli.test_sample import PRESET, weights  # noqa: F401
+from tests.diffit.cli.test_sample import PRESET
 
 EMOJI = Path(__file__).parents[3] / "examples/data/emoji32.zip"
 COUNT = 11  # pictures of a set: an odd number, for small machines
@@ -126,7 +125,7 @@ def test_statistics(
     assert both["reference"]["count"] is None  # of pictures that the statistics are of
 
 
-def test_a_network(evaluate: Any, b_to_a: Path, weights: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_network(evaluate: Any, b_to_a: Path, weights: Path, tmp_path: Path) -> None:
     """Its pictures are those of `diffit sample`, and so are the metrics."""
     sampling = ["--weights", str(weights), "--steps", "1", "--seeds", "0-9,12", "--classes", "3,5"]
     sampling += ["--guidance", "2", "--batch-size", "4"]
@@ -184,9 +183,9 @@ def test_torchrun(a: Path, b: Path, b_to_a: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_input(
-    fails: Any,  # noqa: F811
+    fails: Any,
     a: Path,
-    weights: Path,  # noqa: F811
+    weights: Path,
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:

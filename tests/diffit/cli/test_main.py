@@ -14,28 +14,6 @@ from PIL import Image
 from diffit.cli import COMMANDS, main
 
 
-@pytest.fixture
-def fails(capsys: Any, tmp_path: Path, monkeypatch: Any) -> Callable[..., str]:
-    """Runs a command that is wrong input; what it says. It leaves no file."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        try:
-            code = main(arguments)
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capsys.readouterr()
-        assert code == 2
-        assert out == ""
-        assert err.count("\n") == 1, err
-        assert err.startswith("diffit")
-        assert sorted(tmp_path.rglob("*")) == before
-        return err
-
-    return run
-
-
 def test_help(capsys: Any) -> None:
     for arguments in (["--help"], *([name, "--help"] for name in COMMANDS)):
         with pytest.raises(SystemExit) as raised:

@@ -21,19 +21,9 @@ from safetensors.torch import save_file
 from diffit.cli import main
 from diffit.cli.pictures import Painter
 from diffit.models import DDPMpp, Sampling, save_weights
-from tests.diffit.cli.test_main import fails  # noqa: F401
 from tests.diffit.models.networks import small_ddpmpp, small_image, small_latent, stirred
 
 PRESET = "diffit_emoji_32"
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    """A tiny conditional network for pictures of 32 x 32, that notes its preset."""
-    network = small_image(img_resolution=32, label_dim=9, window_size=4)
-    path = tmp_path / "tiny.safetensors"
-    save_weights(network, path, preset=PRESET)
-    return path
 
 
 @pytest.fixture
@@ -193,7 +183,7 @@ def test_torchrun(weights: Path, tmp_path: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_other_settings_are_refused(sample: Any, fails: Any, weights: Path) -> None:  # noqa: F811
+def test_other_settings_are_refused(sample: Any, fails: Any, weights: Path) -> None:
     """Pictures of other settings are not mixed with these, nor lost."""
     sample("--seeds", "0-1", "--out", "all")
     arguments = ["sample", "--weights", str(weights), "--steps", "3", "--out", "all"]
@@ -209,14 +199,14 @@ def cpu_memory(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("full", [gpu_memory, cpu_memory])
-def test_out_of_memory(weights: Path, fails: Any, monkeypatch: Any, full: Any) -> None:  # noqa: F811
+def test_out_of_memory(weights: Path, fails: Any, monkeypatch: Any, full: Any) -> None:
     """What a GPU raises, and what PyTorch's own allocator does for a petabyte."""
     monkeypatch.setattr("diffit.cli.pictures.edm_sample", full)
     arguments = ["sample", "--weights", str(weights), "--out", "a.png", "--batch-size", "8"]
     assert "try --batch-size 4" in fails(*arguments, "--seeds", "0-9")
 
 
-def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:
     """One line, exit code 2, no file."""
     whole = weights.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])

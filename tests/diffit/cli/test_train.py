@@ -27,8 +27,9 @@ from tests.diffit.training.tiny import (
     latents,
     pictures,
     stats,
-    tiny_presets,  # noqa: F401
 )
+
+pytestmark = pytest.mark.usefixtures("tiny_presets")
 
 Train = Callable[..., int]
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import diffit_kernels as dk
+from diffit import files
 from diffit.models import ImageDiffiT, LatentDiffiT, load_model, save_weights, weights
 from tests.diffit.models.networks import image_inputs, latent_inputs, small_image, small_latent
 
@@ -226,7 +227,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: Any) -
         Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(weights, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save_weights(small_image(), file)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

@@ -1,3 +1,8 @@
-"""The tiny presets, for all tests here."""
+"""The tiny presets are there for all tests."""
 
-from tests.diffit.training.tiny import tiny_presets  # noqa: F401
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def everywhere(tiny_presets: None) -> None:
+    """Nothing to do."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -59,13 +58,6 @@ TINY = {
         {"input_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": CLASSES},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known in the module that imports this."""
-    for name, preset in TINY.items():
-        monkeypatch.setitem(PRESETS, name, preset)
 
 
 def pictures(path: Path, count: int = 11, size: int = 8) -> Path:

@@ -17,7 +17,6 @@ from diffit.cli import main
 from diffit.models import save_weights
 from diffit.nn import TMSA
 from diffit.viz import AttentionRecorder, attention_received, bias_tables, record_sampling
-from tests.diffit.cli.test_main import fails  # noqa: F401
 from tests.diffit.models.networks import (
     image_inputs,
     latent_inputs,
@@ -166,7 +165,7 @@ def test_losses_of_runs(tmp_path: Path, capsys: Any) -> None:
     assert not out.exists()
 
 
-def test_wrong_input(fails: Any) -> None:  # noqa: F811
+def test_wrong_input(fails: Any) -> None:
     for arguments, message in (
         (("--out", "a.jpg"), "--out: expected a .png in a folder that exists, got 'a.jpg'"),
         (("--out", "no/a.png"), "--out: expected a .png in a folder that exists"),
