@@ -73,13 +73,9 @@ def hold(
     measured = direction in ("forward", "training")
     for name, timing in timings.items():
         gflops = gflop[name] / timing.median
-        low, high = timing.spread
         rows[name] = replace(
             rows[name],
-            rounds=len(timing.rounds),
-            median_ms=1e3 * timing.median,
-            p10_ms=1e3 * low,
-            p90_ms=1e3 * high,
+            **timing.columns,
             time_over_ours=timings[OURS].ratio(timing) if OURS in timings else None,
             gflops=gflops,
             share_of_matmul=gflops / matmul_gflops,

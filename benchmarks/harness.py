@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,17 @@ class Timing:
         """The 10th and the 90th percentile."""
         deciles = statistics.quantiles(self.rounds, n=10, method="inclusive")
         return deciles[0], deciles[-1]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """As a row of results has them, in milliseconds."""
+        low, high = self.spread
+        return {
+            "rounds": len(self.rounds),
+            "median_ms": 1e3 * self.median,
+            "p10_ms": 1e3 * low,
+            "p90_ms": 1e3 * high,
+        }
 
     def ratio(self, other: Timing) -> float:
         """How many times longer the other took: the median over rounds."""

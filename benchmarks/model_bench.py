@@ -32,7 +32,7 @@ from harness import Progress
 from network_table import NetworkRow
 from networks import PASSES, Task, build, guidance, memory_estimate
 from peers.networks import blocks
-from results import FAILED, OURS, SKIPPED, Contest, Row
+from results import FAILED, OURS, SKIPPED, Contest, Row, layer_columns
 from shapes import CUDA_BATCHES
 from table import summary_line
 from tmsa_bench import DTYPES, RESULTS, Parser, default_dtypes
@@ -239,12 +239,7 @@ def describe(name: str, dtype: str, task: Task) -> NetworkRow:
         network: DiffusionNetwork = task.preset.network(**task.preset.options)
     _, _, problem = next(blocks(network))
     return NetworkRow(
-        shape=name,
-        batch=task.batch * (2 if task.guided else 1),
-        grid=problem.grid_size[0],
-        window=problem.window_size[0],
-        dim=problem.dim,
-        num_heads=problem.num_heads,
+        **layer_columns(name, replace(problem, batch=task.batch * (2 if task.guided else 1))),
         dtype=dtype,
         operation=task.operation,
         direction=task.direction,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,7 @@ def save(folder: Path, name: str = "results", row: type[Row] = Row) -> str:
             'no picture: matplotlib is not installed (pip install -e ".[plot]", '
             f"then python benchmarks/plot.py {folder})"
         )
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import patches, pyplot
+    from matplotlib import patches
 
     run, rows = read(folder, name, row)
     panels: dict[str, list[Contest]] = {}
@@ -36,17 +34,10 @@ def save(folder: Path, name: str = "results", row: type[Row] = Row) -> str:
     shapes = list(dict.fromkeys(row.shape for row in rows))
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
 
-    figure, axes = pyplot.subplots(
-        len(panels),
-        figsize=(max(7, 1.2 * len(shapes)), 2.2 * len(panels) + 1),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (title, panel), axis in zip(panels.items(), axes[:, 0], strict=True):
+    figure, axes = subplots(len(panels), shapes)
+    for (title, panel), axis in zip(panels.items(), axes, strict=True):
         _draw(axis, panel, shapes, dtypes)
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    axes[-1, 0].set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
     figure.supylabel("time of the best peer / ours   (* some peers were not run)", fontsize=10)
     figure.suptitle(
         "{device} ({instruction_set}), {threads} threads, torch {torch}".format(**run["device"]),
@@ -54,10 +45,19 @@ def save(folder: Path, name: str = "results", row: type[Row] = Row) -> str:
     )
     handles = [patches.Patch(color=COLORS[dtype]) for dtype in dtypes]
     labels = [DTYPES[dtype] for dtype in dtypes]
-    axes[0, 0].legend(handles, labels, loc="upper right", ncols=len(dtypes), frameon=False)
+    axes[0].legend(handles, labels, loc="upper right", ncols=len(dtypes), frameon=False)
     figure.savefig(folder / f"{name}.png", dpi=150)
-    pyplot.close(figure)
     return f"{name}.png is in {folder}"
+
+
+def subplots(panels: int, shapes: Sequence[str]) -> tuple[Any, Any]:
+    """A figure and its panels, one below the other, with the shapes along the last."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(7, 1.2 * len(shapes)), 2.2 * panels + 1), layout="constrained")
+    axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+    axes[-1].set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
+    return figure, axes
 
 
 def _draw(axis: Any, panel: list[Contest], shapes: list[str], dtypes: list[str]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from diffit_kernels import WindowAttentionProblem
+
 OURS = "ours"
 FLOOR = "gemms"  # the four matrix products of a block and nothing else
 OTHER = "diffusers-dit"  # another network of the same size: it shows a cost, and is no peer
@@ -19,8 +21,8 @@ OK, FAILED, CANNOT_RUN, SKIPPED = "ok", "FAILED", "cannot run", "not run"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contestant in one contest."""
+class Layer:
+    """The columns that say which attention layer a row is of."""
 
     shape: str
     batch: int
@@ -28,6 +30,25 @@ class Row:
     window: int
     dim: int
     num_heads: int
+
+
+def layer_columns(shape: str, problem: WindowAttentionProblem) -> dict[str, Any]:
+    """Those of a layer, by name."""
+    layer = Layer(
+        shape=shape,
+        batch=problem.batch,
+        grid=problem.grid_size[0],
+        window=problem.window_size[0],
+        dim=problem.dim,
+        num_heads=problem.num_heads,
+    )
+    return asdict(layer)
+
+
+@dataclass(frozen=True)
+class Row(Layer):
+    """One contestant in one contest."""
+
     dtype: str
     operation: str
     direction: str

@@ -161,12 +161,7 @@ def measure(
         problem = shape.problem(dtype, args.device)
         case = build(operation, shape, dtype, args.device)
         template = Row(
-            shape=shape.name,
-            batch=problem.batch,
-            grid=problem.grid_size[0],
-            window=problem.window_size[0],
-            dim=problem.dim,
-            num_heads=problem.num_heads,
+            **results.layer_columns(shape.name, problem),
             dtype=dtype_name,
             operation=operation,
             direction="",

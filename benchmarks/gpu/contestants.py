@@ -19,7 +19,7 @@ from gpu.workers import Task
 from harness import errors
 from operations import Contestant, Tensors, contestants_of
 from peers import PEERS, kernels
-from results import FLOOR, OK
+from results import FLOOR, OK, layer_columns
 from shapes import Shape
 
 # What of a contestant's operations a direction takes.
@@ -109,12 +109,7 @@ def _row(
     shape: Shape, problem: WindowAttentionProblem, task: Task, contestant: str, role: str
 ) -> Row:
     return Row(
-        shape=shape.name,
-        batch=problem.batch,
-        grid=shape.grid,
-        window=shape.window,
-        dim=shape.dim,
-        num_heads=shape.num_heads,
+        **layer_columns(shape.name, problem),
         precision=task["precision"],
         operation=task["operation"],
         direction=task["direction"],

@@ -123,13 +123,9 @@ def _timed(
     for name, timing in timings.items():
         replay = replays.get(name)
         seconds = (replay or timing).median
-        low, high = timing.spread
         found[name] = replace(
             rows[name],
-            rounds=len(timing.rounds),
-            median_ms=1e3 * timing.median,
-            p10_ms=1e3 * low,
-            p90_ms=1e3 * high,
+            **timing.columns,
             graph_ms=1e3 * replay.median if replay else None,
             time_over_triton=_ratio(timings, "triton", timing),
             time_over_cuda=_ratio(timings, "cuda", timing),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from gpu.job import write_json
 from gpu.limits import nvidia_smi
 from gpu.rows import OURS, Row, best_peer, contests, named, speedup
 from gpu.schedule import OK, Outcome
+from plot import subplots
 from table import DTYPES
 
 COLORS = {"triton": "#4c78a8", "cuda": "#e8792b"}
@@ -74,21 +74,12 @@ def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
     if find_spec("matplotlib") is None:
         print(f"no {path.name}: matplotlib is not installed")
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import patches, pyplot
+    from matplotlib import patches
 
     panels = list(dict.fromkeys((row.precision, row.direction) for row in rows))
     shapes = list(dict.fromkeys(row.shape for row in rows))
-    figure, axes = pyplot.subplots(
-        len(panels),
-        figsize=(max(7, 1.2 * len(shapes)), 2.2 * len(panels) + 1),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, axis in zip(panels, axes[:, 0], strict=True):
+    figure, axes = subplots(len(panels), shapes)
+    for panel, axis in zip(panels, axes, strict=True):
         axis.set_title(f"{rows[0].operation}, {panel[1]}, {panel[0]}", loc="left", fontsize=10)
         for contest in contests(row for row in rows if (row.precision, row.direction) == panel):
             for i, ours in enumerate(OURS):
@@ -103,12 +94,10 @@ def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
         axis.margins(y=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [patches.Patch(color=color) for color in COLORS.values()]
-    axes[0, 0].legend(handles, list(COLORS), loc="upper right", ncols=2, frameon=False)
-    axes[-1, 0].set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
+    axes[0].legend(handles, list(COLORS), loc="upper right", ncols=2, frameon=False)
     figure.supylabel("time of the best peer / ours   (line: replays of CUDA graphs)", fontsize=10)
     figure.suptitle(f"{device['device']}, torch {device['torch']}", fontsize=10)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def part_line(part: Outcome) -> str:
@@ -202,9 +191,3 @@ def _summary(entry: dict[str, Any]) -> str:
 
 def _number(value: float | None, width: int, form: str) -> str:
     return ("-" if value is None else format(value, form)).rjust(width)
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """``gpu_suite.json`` again."""
-    document: dict[str, Any] = json.loads((folder / "gpu_suite.json").read_text())
-    return document

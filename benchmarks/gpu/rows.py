@@ -7,26 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from results import OK
+from results import OK, Layer
 
 OURS = ("triton", "cuda")  # our backends
 OUR, PEER, BOUND = "ours", "peer", "bound"
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Layer):
     """One contestant in one contest.
 
     ``median_ms`` is the time of a call, ``graph_ms`` that of a replay of its CUDA graph: without
     the time to launch. Rates and ``share_of_ceiling`` are of ``graph_ms`` where there is one.
     """
 
-    shape: str
-    batch: int
-    grid: int
-    window: int
-    dim: int
-    num_heads: int
     precision: str
     operation: str
     direction: str
