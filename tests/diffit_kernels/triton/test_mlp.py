@@ -209,24 +209,16 @@ def _launch(kernel: str, case: MLPCase) -> None:
         backend.mlp(problem, *inputs, residual, save_hidden=kernel == "mlp_gelu_hidden")
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[compilation.Result]:
-    results = compilation.compiled("tests.diffit_kernels.triton.test_mlp")
-    compilation.print_report(results)
-    return results
-
-
-@pytest.mark.xdist_group("test_mlp")  # they compile once
-def test_fits_on_every_target(compiled: list[compilation.Result]) -> None:
+def test_every_target() -> None:
+    """All there, within the limits, and made of the instructions that they should be."""
+    compiled = compilation.compiled("tests.diffit_kernels.triton.test_mlp")
+    compilation.print_report(compiled)
     for name, table in tables().items():
         for target in compilation.targets(name):
             calls = {result["call"] for result in compiled if result["target"] == target}
             assert {f"{name}: {call}" for call in launches(table.entries)} <= calls
     compilation.assert_fits(compiled)
 
-
-@pytest.mark.xdist_group("test_mlp")  # they compile once
-def test_16_bit_products_use_the_tensor_cores_of_hopper(compiled: list[compilation.Result]) -> None:
     products = [result for result in compiled if result["target"] == "sm_90"]
     for result in products:
         assert result["hgmma"] == ("float32" not in result["call"]), result
