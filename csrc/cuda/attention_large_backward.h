@@ -13,54 +13,70 @@ namespace diffit::cuda {
 
 constexpr int backward_rows = 32;  // of the tiles that come one after another
 
+// Slots of whole tiles.
+BOTH constexpr int padded_slots(int slots) { return (slots + block_rows - 1) / block_rows * block_rows; }
+
 template <int D>
-constexpr int large_backward_shared(int table_rows) {
-    return tile_size<D>(2 * block_rows + 4 * backward_rows) * 2 + table_size(table_rows) * 4;
+constexpr int large_backward_shared(int table_rows, int slots) {
+    return tile_size<D>(2 * block_rows + 4 * backward_rows) * 2 +
+           (table_size(table_rows) + slots_size(slots)) * 4;
+}
+
+template <int D>
+constexpr int large_backward_kv_shared(int table_rows, int slots) {
+    return large_backward_shared<D>(table_rows, slots) + 3 * padded_slots(slots) * 4;
 }
 
 // dQ of a tile of queries; their weight and delta; the tile's part of the gradients of the rows. It
 // goes through the keys twice: the first time for weight and delta.
 template <class T, int D>
-__global__ void __launch_bounds__(threads, 1) large_backward_q(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, blocks_at_once<D>)
+    large_backward_q(const WindowAttention p) {
     constexpr int N = backward_rows;
     const LargeWork work(p);
     const Window& window = work.window;
-    const Head head(p, work.sample, work.head);
+    const Head head(p, work.sample, work.head, window);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
     const auto table = shared_memory<float>();
-    const auto q = (table + table_size(window.table_rows())).template as<uint16_t>(),
+    const Slots slots((table + table_size(window.table_rows())).template as<int>(), window);
+    const auto q = (slots.offsets + slots_size(slots.count)).template as<uint16_t>(),
                grad = q + tile_size<D>(block_rows),
                keys = grad + tile_size<D>(block_rows);  // k and v, twice
     load_table(table, p, work.head, window.table_rows());
+    block_barrier();
 
-    copy_queries<D, block_rows>(q, p, head, window, work.slot);
+    copy_queries<D, block_rows>(q, p, head, slots, work.slot);
+    const int tiles = tiles_of(window, N);
     const auto place = [&](int step) { return keys + tile_size<D>(step % 2 * 2 * N); };
-    copy_keys<D, N>(place(0), p, head, window, 0);
-    commit_copies();
+    const auto copy = [&](int step) {
+        if (step < 2 * tiles) copy_keys<D, N>(place(step), p, head, slots, step % tiles * N);
+        commit_copies();
+    };
+    copy(0);
+    copy(1);
+    wait_for_copies<1>();
+    if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
+    block_barrier();
+    const OwnRows<D> own_q(q + own * row_stride<D>), own_grad(grad + own * row_stride<D>);
 
     float dq[D / 8][4], row_lse[2], delta[2] = {0, 0}, total[2] = {0, 0};
     zero(dq);
-    const LargeRows<float> lse{window, p.lse + head.rows, 1, work.slot + own};
+    const LargeRows<const float> lse{slots, p.lse + head.rows, 1, work.slot + own};
     for (int r = 0; r < 2; ++r) {
         const float* from = lse(row_slot(0, 2 * r));
         // A query that is no token has no weight anywhere, and adds nothing to any sum.
         row_lse[r] = from ? *from * log2_e : INFINITY;
     }
-    const int tiles = tiles_of(window, N);
     for (int step = 0; step < 2 * tiles; ++step) {
         const int tile = step % tiles;
-        if (step + 1 < 2 * tiles)
-            copy_keys<D, N>(place(step + 1), p, head, window, (step + 1) % tiles * N);
-        commit_copies();
         wait_for_copies<1>();
-        if (step == 0 && p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
         block_barrier();
         const auto k = place(step), v = k + tile_size<D>(N);
         float s[N / 8][4], ds[N / 8][4];
-        product<T, N, D>(s, q + own * row_stride<D>, k);
+        product<T, N, D>(s, own_q, k);
         add_bias<false>(s, static_cast<float>(p.scale), window, p.table, table, work.slot + own,
                         tile * N);
-        product<T, N, D>(ds, grad + own * row_stride<D>, v);
+        product<T, N, D>(ds, own_grad, v);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
             for (int i = 0; i < 4; ++i) s[n][i] = exp2_fast(s[n][i] - row_lse[i / 2]);
@@ -84,22 +100,24 @@ __global__ void __launch_bounds__(threads, 1) large_backward_q(const WindowAtten
             accumulate<T, N, D>(dq, ds, k);
         }
         block_barrier();  // the tile after the next takes the place of this one
+        copy(step + 2);
     }
 
     float weight[2];
     for (int r = 0; r < 2; ++r) {
         weight[r] = 1 / total[r];
-        const int row = row_slot(work.slot + own, 2 * r);
-        if (row < window.slots && lane() % 4 == 0) {
-            p.weight[head.rows + window.token(row)] = weight[r];
-            p.delta[head.rows + window.token(row)] = delta[r];
+        const int slot = row_slot(work.slot + own, 2 * r);
+        if (slot < slots.count && lane() % 4 == 0) {
+            const int64_t at = head.rows + load(slots.offsets + slot);
+            p.weight[at] = weight[r];
+            p.delta[at] = delta[r];
         }
         weight[r] *= static_cast<float>(p.scale);
     }
     scale_rows(dq, weight);
-    uint16_t* grad_qkv = p.grad_qkv + work.sample * tokens_of(p) * 3 * head.dim + work.head * head_dim;
+    uint16_t* grad_qkv = p.grad_qkv + head.token * 3 * head.dim + work.head * head_dim;
     store_rows<T, D>(q + own * row_stride<D>, dq, head_dim,
-                     LargeRows<uint16_t>{window, grad_qkv, 3 * head.dim, work.slot + own});
+                     LargeRows<uint16_t>{slots, grad_qkv, 3 * head.dim, work.slot + own});
     block_barrier();
     if (thread_index() < head_dim) {
         const int64_t parts = windows_of(p) * tiles_of(window, block_rows);
@@ -110,131 +128,145 @@ __global__ void __launch_bounds__(threads, 1) large_backward_q(const WindowAtten
     }
 }
 
-// What each query has for a column of an accumulator: 0 where there is none.
-template <int N>
-DEVICE void load_columns(float (&x)[N / 8][2], const LargeRows<const float>& from) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n)
-        for (int c = 0; c < 2; ++c) {
-            const float* at = from(column_slot(0, n, c));
-            x[n][c] = at ? *at : 0;
-        }
-}
+// Two numbers that lie side by side, as the columns of an accumulator do.
+struct alignas(8) Pair {
+    float x[2];
+};
+DEVICE Pair load_pair(Shared<float> at) { return load(at.template as<Pair>()); }
 
 // dK and dV of a tile of keys, with the logits transposed: (keys, queries).
 template <class T, int D>
-__global__ void __launch_bounds__(threads, 1) large_backward_kv(const WindowAttention p) {
+__global__ void __launch_bounds__(threads, blocks_at_once<D>)
+    large_backward_kv(const WindowAttention p) {
     constexpr int N = backward_rows;
     const LargeWork work(p);
     const Window& window = work.window;
-    const Head head(p, work.sample, work.head);
+    const Head head(p, work.sample, work.head, window);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
     const auto table = shared_memory<float>();
-    const auto k = (table + table_size(window.table_rows())).template as<uint16_t>(),
-               v = k + tile_size<D>(block_rows),
+    const Slots slots((table + table_size(window.table_rows())).template as<int>(), window);
+    const int padded = padded_slots(slots.count);
+    const auto lse = (slots.offsets + slots_size(slots.count)).template as<float>(),
+               weight = lse + padded, delta = weight + padded;
+    const auto k = (delta + padded).template as<uint16_t>(), v = k + tile_size<D>(block_rows),
                queries = v + tile_size<D>(block_rows);  // q and dO, twice
     load_table(table, p, work.head, window.table_rows());
+    for (int slot = thread_index(); slot < padded; slot += threads) {
+        const bool live = slot < slots.count;
+        const int64_t at = head.rows + (live ? window.offset(slot) : 0);
+        store(lse + slot, live ? p.lse[at] * log2_e : 0.0f);
+        store(weight + slot, live ? p.weight[at] : 0.0f);
+        store(delta + slot, live ? p.delta[at] : 0.0f);
+    }
+    block_barrier();
 
-    copy_keys<D, block_rows>(k, p, head, window, work.slot);
+    copy_keys<D, block_rows>(k, p, head, slots, work.slot);
     const auto place = [&](int step) { return queries + tile_size<D>(step % 2 * 2 * N); };
-    copy_queries<D, N>(place(0), p, head, window, 0);
-    commit_copies();
+    const auto copy = [&](int tile) {
+        if (tile * N < slots.count) copy_queries<D, N>(place(tile), p, head, slots, tile * N);
+        commit_copies();
+    };
+    copy(0);
+    copy(1);
 
     float dk[D / 8][4], dv[D / 8][4];
     zero(dk);
     zero(dv);
     const int tiles = tiles_of(window, N);
     for (int tile = 0; tile < tiles; ++tile) {
-        if (tile + 1 < tiles) copy_queries<D, N>(place(tile + 1), p, head, window, (tile + 1) * N);
-        commit_copies();
         wait_for_copies<1>();
         const auto q = place(tile), grad = q + tile_size<D>(N);
         if (p.q_row) add_row<T, D>(q, N, head_dim, p.q_row + head.row);
         block_barrier();
-        float s[N / 8][4], ds[N / 8][4], of_query[N / 8][2];
+        float s[N / 8][4], ds[N / 8][4];
         product<T, N, D>(s, k + own * row_stride<D>, q);
         add_bias<true>(s, static_cast<float>(p.scale), window, p.table, table, work.slot + own,
                        tile * N);
-        load_columns<N>(of_query, {window, p.lse + head.rows, 1, tile * N});
-#pragma unroll
-        for (int n = 0; n < N / 8; ++n)
-            for (int i = 0; i < 4; ++i)
-                s[n][i] = exp2_fast(s[n][i] - of_query[n][i % 2] * log2_e);
-        load_columns<N>(of_query, {window, p.weight + head.rows, 1, tile * N});
-#pragma unroll
-        for (int n = 0; n < N / 8; ++n)
-            for (int i = 0; i < 4; ++i) s[n][i] *= of_query[n][i % 2];
-        accumulate<T, N, D>(dv, s, grad);
         product<T, N, D>(ds, v + own * row_stride<D>, grad);
-        load_columns<N>(of_query, {window, p.delta + head.rows, 1, tile * N});
 #pragma unroll
-        for (int n = 0; n < N / 8; ++n)
-            for (int i = 0; i < 4; ++i) ds[n][i] = s[n][i] * (ds[n][i] - of_query[n][i % 2]);
+        for (int n = 0; n < N / 8; ++n) {
+            const int query = column_slot(tile * N, n, 0);
+            const Pair of_lse = load_pair(lse + query), of_weight = load_pair(weight + query),
+                       of_delta = load_pair(delta + query);
+            for (int i = 0; i < 4; ++i) {
+                s[n][i] = exp2_fast(s[n][i] - of_lse.x[i % 2]) * of_weight.x[i % 2];
+                ds[n][i] = s[n][i] * (ds[n][i] - of_delta.x[i % 2]);
+            }
+        }
+        accumulate<T, N, D>(dv, s, grad);
         accumulate<T, N, D>(dk, ds, q);
         block_barrier();  // the tile after the next takes the place of this one
+        copy(tile + 2);
     }
 
     const float scale[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
     scale_rows(dk, scale);
-    uint16_t* grad_qkv = p.grad_qkv + work.sample * tokens_of(p) * 3 * head.dim + work.head * head_dim;
+    uint16_t* grad_k = p.grad_qkv + head.token * 3 * head.dim + head.dim + work.head * head_dim;
     store_rows<T, D>(k + own * row_stride<D>, dk, head_dim,
-                     LargeRows<uint16_t>{window, grad_qkv + head.dim, 3 * head.dim, work.slot + own});
+                     LargeRows<uint16_t>{slots, grad_k, 3 * head.dim, work.slot + own});
     store_rows<T, D>(v + own * row_stride<D>, dv, head_dim,
-                     LargeRows<uint16_t>{window, grad_qkv + 2 * head.dim, 3 * head.dim,
-                                         work.slot + own});
+                     LargeRows<uint16_t>{slots, grad_k + head.dim, 3 * head.dim, work.slot + own});
 }
 
+// Keys that are taken at once for the table.
 template <int D>
-constexpr int large_backward_table_shared(int table_rows) {
-    return tile_size<D>(2 * (block_rows + backward_rows)) * 2 +
-           block_rows * float_stride<backward_rows> * 4 + 2 * table_size(table_rows) * 4;
+constexpr int table_keys = D <= 112 ? 64 : 32;
+
+// The tile of dS at the end takes the place of the queries.
+template <int D>
+constexpr int large_backward_table_shared(int table_rows, int slots) {
+    const int tiles = tile_size<D>(2 * (block_rows + table_keys<D>)) * 2,
+              floats = block_rows * float_stride<table_keys<D>> * 4;
+    return (tiles > floats ? tiles : floats) + (2 * table_size(table_rows) + slots_size(slots)) * 4;
 }
 
 // The gradient of the table from a tile of queries of one head and every splits-th window: dS of the
 // tile and one tile of keys after another, summed over the windows in registers, then onto the table.
 // Windows are counted over all samples.
 template <class T, int D>
-__global__ void __launch_bounds__(threads, 1) large_backward_table(const WindowAttention p) {
-    constexpr int N = backward_rows;
+__global__ void __launch_bounds__(threads, blocks_at_once<D>)
+    large_backward_table(const WindowAttention p) {
+    constexpr int N = table_keys<D>;
     const Window shape(p, 0);
     const int q_tiles = tiles_of(shape, block_rows), table_rows = shape.table_rows();
     const int query = static_cast<int>(block_index() % q_tiles) * block_rows;
     const int64_t split = block_index() / q_tiles % p.splits;
     const int64_t head_index = block_index() / q_tiles / p.splits;
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
-    const auto table = shared_memory<float>(), sums = table + table_size(table_rows),
-               floats = sums + table_size(table_rows);
-    const auto q = (floats + block_rows * float_stride<N>).template as<uint16_t>(),
+    const auto table = shared_memory<float>(), sums = table + table_size(table_rows);
+    const Slots slots((sums + table_size(table_rows)).template as<int>(), shape);
+    const auto q = (slots.offsets + slots_size(slots.count)).template as<uint16_t>(),
                grad = q + tile_size<D>(block_rows), k = grad + tile_size<D>(block_rows),
                v = k + tile_size<D>(N);
+    const auto floats = q.template as<float>();
     load_table(table, p, head_index, table_rows);
     for (int r = thread_index(); r < table_rows; r += threads) store(sums + r, 0.0f);
+    block_barrier();
 
     for (int key = 0; key < shape.slots; key += N) {
         float grad_logits[N / 8][4];
         zero(grad_logits);
         for (int64_t item = split; item < p.batch * windows_of(p); item += p.splits) {
-            const int64_t sample = item / windows_of(p);
-            const Window window(p, item % windows_of(p));
-            const Head head(p, sample, head_index);
-            copy_queries<D, block_rows>(q, p, head, window, query);
-            copy_keys<D, N>(k, p, head, window, key);
+            const Head head(p, item / windows_of(p), head_index, Window(p, item % windows_of(p)));
+            copy_queries<D, block_rows>(q, p, head, slots, query);
+            copy_keys<D, N>(k, p, head, slots, key);
             commit_copies();
-            wait_for_copies<0>();
-            if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
-            block_barrier();
-            float s[N / 8][4], ds[N / 8][4], of_row[3][2];
-            product<T, N, D>(s, q + own * row_stride<D>, k);
-            add_bias<false>(s, static_cast<float>(p.scale), window, p.table, table, query + own, key);
-            product<T, N, D>(ds, grad + own * row_stride<D>, v);
+            float of_row[3][2];
             for (int r = 0; r < 2; ++r) {
                 const int slot = row_slot(query + own, 2 * r);
-                const bool live = slot < window.slots;
-                const int64_t at = head.rows + (live ? window.token(slot) : 0);
+                const bool live = slot < slots.count;
+                const int64_t at = head.rows + (live ? load(slots.offsets + slot) : 0);
                 of_row[0][r] = live ? p.lse[at] * log2_e : INFINITY;
                 of_row[1][r] = live ? p.weight[at] : 0;
                 of_row[2][r] = live ? p.delta[at] : 0;
             }
+            wait_for_copies<0>();
+            if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
+            block_barrier();
+            float s[N / 8][4], ds[N / 8][4];
+            product<T, N, D>(s, q + own * row_stride<D>, k);
+            add_bias<false>(s, static_cast<float>(p.scale), shape, p.table, table, query + own, key);
+            product<T, N, D>(ds, grad + own * row_stride<D>, v);
 #pragma unroll
             for (int n = 0; n < N / 8; ++n)
                 for (int i = 0; i < 4; ++i)
@@ -254,6 +286,7 @@ __global__ void __launch_bounds__(threads, 1) large_backward_table(const WindowA
             if (r >= least)
                 store(sums + r,
                       load(sums + r) + fold<N>(floats, block_rows, shape, query, key, r));
+        block_barrier();  // the next queries take the place of the sums
     }
     float* part = p.table_part + (head_index * p.splits * q_tiles + block_index() % (p.splits * q_tiles)) *
                                      table_rows;

@@ -47,7 +47,7 @@ struct SmallRows {
 };
 
 template <int D>
-constexpr int small_forward_shared(int table_rows) {
+constexpr int small_forward_shared(int table_rows, int) {
     return 3 * tile_size<D>(block_rows) * 2 + (block_rows + table_size(table_rows)) * 4;
 }
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
 }
 
 template <int D, int N>
-constexpr int small_backward_shared(int table_rows) {
+constexpr int small_backward_shared(int table_rows, int) {
     const int tiles = (4 * tile_size<D>(block_rows) + 2 * tile_size<N>(block_rows)) * 2;
     const int floats = block_rows * float_stride<N> * 4;  // take their place at the end
     return (tiles > floats ? tiles : floats) + (block_rows + table_size(table_rows)) * 4;

@@ -22,7 +22,7 @@ const Kernels DIFFIT_KERNELS{
     {"large_backward_q", large_backward_q<DIFFIT_TYPE, DIFFIT_WIDTH>,
      large_backward_shared<DIFFIT_WIDTH>},
     {"large_backward_kv", large_backward_kv<DIFFIT_TYPE, DIFFIT_WIDTH>,
-     large_backward_shared<DIFFIT_WIDTH>},
+     large_backward_kv_shared<DIFFIT_WIDTH>},
     {"large_backward_table", large_backward_table<DIFFIT_TYPE, DIFFIT_WIDTH>,
      large_backward_table_shared<DIFFIT_WIDTH>},
 };

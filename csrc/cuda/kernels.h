@@ -10,7 +10,7 @@ namespace diffit::cuda {
 struct Kernel {
     const char* name;
     void (*function)(const WindowAttention);
-    int (*shared_bytes)(int table_rows);
+    int (*shared_bytes)(int table_rows, int slots);
 };
 
 struct Kernels {

@@ -17,6 +17,9 @@ namespace diffit::cuda {
 
 constexpr int warps = 4, threads = 32 * warps;
 constexpr int block_rows = 16 * warps;  // rows of a block, 16 to a warp
+// Blocks that a multiprocessor shall hold at once: so many leave their registers to as many as fit.
+template <int D>
+constexpr int blocks_at_once = D <= 96 ? 3 : 2;
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 template <int D>
@@ -59,6 +62,22 @@ DEVICE void copy_tile(Shared<uint16_t> tile, int rows, int head_dim, const uint1
         const uint16_t* source = from(row);
         const bool live = source && column < head_dim;
         copy_async(tile + (row * row_stride<D> + column), live ? source + column : valid, live);
+    });
+}
+
+// The same for two tiles, one after the other.
+struct TwoRows {
+    const uint16_t *first, *second;
+};
+template <int D, class From>
+DEVICE void copy_tiles(Shared<uint16_t> tiles, int rows, int head_dim, const uint16_t* valid,
+                       const From& from) {
+    for_own_units<D>(rows, [&](int row, int column) {
+        const TwoRows source = from(row);
+        const bool live = source.first && column < head_dim;
+        const auto to = tiles + (row * row_stride<D> + column);
+        copy_async(to, live ? source.first + column : valid, live);
+        copy_async(to + tile_size<D>(rows), live ? source.second + column : valid, live);
     });
 }
 
@@ -171,23 +190,53 @@ DEVICE void zero(float (&c)[N][4]) {
         for (int i = 0; i < 4; ++i) c[n][i] = 0;
 }
 
+// 16 rows of a warp as the first operand of many products: in registers, where they have room.
+template <int D>
+struct OwnRows {
+    static constexpr bool kept = D <= 96;
+    Shared<uint16_t> tile;
+    uint32_t fragments[kept ? D / 16 : 1][4];
+
+    DEVICE explicit OwnRows(Shared<uint16_t> rows) : tile(rows) {
+        if constexpr (kept)
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) load_a<D>(fragments[k], tile + 16 * k);
+    }
+};
+
+template <class T, int N, int D>
+DEVICE void multiply_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], Shared<uint16_t> b) {
+#pragma unroll
+    for (int n = 0; n < N; n += 16) {
+        uint32_t y[4];
+        load_b<D>(y, b + n * row_stride<D>);
+        T::mma(c[n / 8], a, y);
+        T::mma(c[n / 8 + 1], a, y + 2);
+    }
+}
+
 // c (16, N) = a (16, D) b^T, b (N, D).
 template <class T, int N, int D>
 DEVICE void product(float (&c)[N / 8][4], Shared<uint16_t> a, Shared<uint16_t> b) {
     zero(c);
 #pragma unroll 1  // unrolled, loads ahead of their use take too many registers
     for (int k = 0; k < D; k += 16) {
-        uint32_t x[4], y[4];
+        uint32_t x[4];
         load_a<D>(x, a + k);
-#pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            load_b<D>(y, b + (n * row_stride<D> + k));
-            T::mma(c[n / 8], x, y);
-            T::mma(c[n / 8 + 1], x, y + 2);
-        }
+        multiply_rows<T, N, D>(c, x, b + k);
     }
 }
 
+template <class T, int N, int D>
+DEVICE void product(float (&c)[N / 8][4], const OwnRows<D>& a, Shared<uint16_t> b) {
+    zero(c);
+    if constexpr (OwnRows<D>::kept) {
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) multiply_rows<T, N, D>(c, a.fragments[k], b + 16 * k);
+    } else {
+        product<T, N, D>(c, a.tile, b);
+    }
+}
 template <class T, int D>
 DEVICE void multiply_columns(float (&c)[D / 8][4], const uint32_t (&a)[4], Shared<uint16_t> b) {
 #pragma unroll
@@ -254,6 +303,20 @@ DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool b
     for (int r = 0; r < 2; ++r) {
         const int slot = row_slot(first_row, 2 * r);
         row_position[r] = window.position(slot < last ? slot : last);
+    }
+    // Eight columns that are a part of a row of the window stand side by side in the table.
+    if (biased && window.width % 8 == 0 && first_column + 8 * N <= window.slots) {
+        const int sign = RowsAreKeys ? 1 : -1, column = column_slot(0, 0, 0);
+        const Shared<float> here[2] = {table + (window.center() + sign * (column - row_position[0])),
+                                       table + (window.center() + sign * (column - row_position[1]))};
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int there = sign * window.position(first_column + 8 * n);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                s[n][i] = s[n][i] * (scale * log2_e) + load(here[i / 2] + there + sign * (i % 2));
+        }
+        return;
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -328,14 +391,18 @@ DEVICE void store_floats(Shared<float> tile, const float (&x)[N / 8][4]) {
 // slot `query`, its columns at slot `key`.
 template <int N>
 DEVICE float fold(Shared<float> tile, int rows, const Window& window, int query, int key, int r) {
+    const int stride = 2 * window.width - 1;
+    const int dy = r / stride - (window.height - 1), dx = r % stride - (window.width - 1);
+    const int shift = query - key - dy * window.width - dx;  // from row to column
+    const int keys = window.slots - key < N ? window.slots - key : N;
+    const int queries = window.slots - query < rows ? window.slots - query : rows;
+    int x = query - window.row(query) * window.width - dx;  // of the key
     float total = 0;
-    const int stride = 2 * window.width - 1, offset = r - window.center();
-    for (int i = 0; i < rows && query + i < window.slots; ++i) {
-        const int position = window.position(query + i) - offset;  // of the key
-        if (position < 0) continue;
-        const int y = position / stride, x = position % stride, j = y * window.width + x - key;
-        if (x < window.width && y < window.height && j >= 0 && j < N)
+    for (int i = 0; i < queries; ++i) {
+        const int j = i + shift;
+        if (x >= 0 && x < window.width && j >= 0 && j < keys)
             total += load(tile + (i * float_stride<N> + j));
+        if (++x == window.width - dx) x = -dx;
     }
     return total;
 }

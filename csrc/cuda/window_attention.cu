@@ -48,7 +48,8 @@ struct Plan {
             row_parts = p.splits;
             table_parts = p.batch * p.splits;
         } else {
-            p.splits = std::min(samples_windows, ceil_div(p.blocks, p.heads * q_tiles));
+            // For the table a few windows to a block: their sum is put onto it once.
+            p.splits = std::min(samples_windows, ceil_div(p.blocks / 4, p.heads * q_tiles));
             row_parts = windows * q_tiles;
             table_parts = p.splits * q_tiles;
         }
@@ -71,7 +72,8 @@ struct Plan {
 
     void run(const Kernel& kernel, int64_t blocks, void* stream) const {
         launch(kernel.name, kernel.function, blocks, threads,
-               kernel.shared_bytes(static_cast<int>(table_rows)), stream, p);
+               kernel.shared_bytes(static_cast<int>(table_rows), static_cast<int>(window_tokens)),
+               stream, p);
     }
 };
 

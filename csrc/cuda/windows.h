@@ -25,10 +25,12 @@ struct Window {
 
     // slot / width, exact for slots below 2048 and widths up to 1024.
     DEVICE int row(int slot) const { return static_cast<int>(slot * inverse >> 21); }
-    DEVICE int64_t token(int slot) const {
+    // Tokens from that of slot 0 to that of `slot`.
+    DEVICE int offset(int slot) const {
         const int y = row(slot);
-        return first + static_cast<int64_t>(y) * grid_width + (slot - y * width);
+        return y * grid_width + (slot - y * width);
     }
+    DEVICE int64_t token(int slot) const { return first + offset(slot); }
     // Numbers such that slots i and j meet in row position(i) - position(j) + center() of the table.
     DEVICE int position(int slot) const { return slot + row(slot) * (width - 1); }
     DEVICE int center() const { return position(slots - 1); }

@@ -27,6 +27,7 @@ SHAPES = [
     (5, 20, 5, 40, 1, 1, 16),
     (2, 67, 2, 67, 3, 1, 8),
     (12, 14, 12, 14, 1, 2, 8),
+    (9, 16, 9, 16, 1, 1, 16),
 ]
 
 
@@ -98,9 +99,9 @@ PLANTED = {
     ),
     "a token too many is read": (
         "attention_large.h",
-        r"slot < window.slots \? base",
-        "slot <= window.slots ? base",
-        "AddressSanitizer: heap-buffer-overflow",
+        r"slot < slots.count \? base",
+        "slot <= slots.count ? base",
+        "nobody wrote|race",
     ),
     "a wrong row of the table": (
         "tiles.h",
