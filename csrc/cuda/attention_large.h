@@ -46,6 +46,10 @@ struct Slots {
         for (int slot = thread_index(); slot < count; slot += threads)
             store(place + slot, window.offset(slot));
     }
+    // The offset of a slot, or of the last one.
+    DEVICE int64_t nearest(int slot) const {
+        return load(offsets + (slot < count ? slot : count - 1));
+    }
 };
 BOTH constexpr int slots_size(int slots) { return (slots + 3) / 4 * 4; }
 
@@ -85,11 +89,9 @@ struct Head {
 template <int D, int N>
 DEVICE void copy_keys(Shared<uint16_t> to, const WindowAttention& p, const Head& head,
                       const Slots& slots, int first) {
-    const uint16_t* keys = head.qkv + head.dim;
-    const LargeRows<const uint16_t> from{slots, keys, p.qkv_stride_token, first};
-    copy_tiles<D>(to, N, static_cast<int>(p.head_dim), head.qkv, [&](int row) {
-        const uint16_t* k = from(row);
-        return TwoRows{k, k ? k + head.dim : nullptr};
+    copy_tiles<D>(to, N, static_cast<int>(p.head_dim), [&](int row) {
+        const uint16_t* k = head.qkv + head.dim + slots.nearest(first + row) * p.qkv_stride_token;
+        return TwoRows{k, k + head.dim, first + row < slots.count};
     });
 }
 
@@ -97,10 +99,11 @@ DEVICE void copy_keys(Shared<uint16_t> to, const WindowAttention& p, const Head&
 template <int D, int N>
 DEVICE void copy_queries(Shared<uint16_t> to, const WindowAttention& p, const Head& head,
                          const Slots& slots, int first) {
-    const LargeRows<const uint16_t> q{slots, head.qkv, p.qkv_stride_token, first},
-        grad{slots, head.grad_out, p.grad_out_stride_token, first};
-    copy_tiles<D>(to, N, static_cast<int>(p.head_dim), head.qkv,
-                  [&](int row) { return TwoRows{q(row), grad(row)}; });
+    copy_tiles<D>(to, N, static_cast<int>(p.head_dim), [&](int row) {
+        const int64_t offset = slots.nearest(first + row);
+        return TwoRows{head.qkv + offset * p.qkv_stride_token,
+                       head.grad_out + offset * p.grad_out_stride_token, first + row < slots.count};
+    });
 }
 
 template <int D>

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     wait_for_copies<1>();
     if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
     block_barrier();
-    const OwnRows<D> own_q(q + own * row_stride<D>), own_grad(grad + own * row_stride<D>);
+    const OwnRows<D> own_q(q + own * row_stride<D>);
 
     float dq[D / 8][4], row_lse[2], delta[2] = {0, 0}, total[2] = {0, 0};
     zero(dq);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
         product<T, N, D>(s, own_q, k);
         add_bias<false>(s, static_cast<float>(p.scale), window, p.table, table, work.slot + own,
                         tile * N);
-        product<T, N, D>(ds, own_grad, v);
+        product<T, N, D>(ds, grad + own * row_stride<D>, v);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
             for (int i = 0; i < 4; ++i) s[n][i] = exp2_fast(s[n][i] - row_lse[i / 2]);
@@ -134,9 +134,18 @@ struct alignas(8) Pair {
 };
 DEVICE Pair load_pair(Shared<float> at) { return load(at.template as<Pair>()); }
 
+// As blocks_at_once; on a GPU before Hopper three blocks of width 80 would spill registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int D>
+constexpr int kv_blocks_at_once = D <= 64 ? 3 : 2;
+#else
+template <int D>
+constexpr int kv_blocks_at_once = blocks_at_once<D>;
+#endif
+
 // dK and dV of a tile of keys, with the logits transposed: (keys, queries).
 template <class T, int D>
-__global__ void __launch_bounds__(threads, blocks_at_once<D>)
+__global__ void __launch_bounds__(threads, kv_blocks_at_once<D>)
     large_backward_kv(const WindowAttention p) {
     constexpr int N = backward_rows;
     const LargeWork work(p);
@@ -182,18 +191,20 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
         product<T, N, D>(s, k + own * row_stride<D>, q);
         add_bias<true>(s, static_cast<float>(p.scale), window, p.table, table, work.slot + own,
                        tile * N);
-        product<T, N, D>(ds, v + own * row_stride<D>, grad);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n) {
             const int query = column_slot(tile * N, n, 0);
-            const Pair of_lse = load_pair(lse + query), of_weight = load_pair(weight + query),
-                       of_delta = load_pair(delta + query);
-            for (int i = 0; i < 4; ++i) {
+            const Pair of_lse = load_pair(lse + query), of_weight = load_pair(weight + query);
+            for (int i = 0; i < 4; ++i)
                 s[n][i] = exp2_fast(s[n][i] - of_lse.x[i % 2]) * of_weight.x[i % 2];
-                ds[n][i] = s[n][i] * (ds[n][i] - of_delta.x[i % 2]);
-            }
         }
         accumulate<T, N, D>(dv, s, grad);
+        product<T, N, D>(ds, v + own * row_stride<D>, grad);
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) {
+            const Pair of_delta = load_pair(delta + column_slot(tile * N, n, 0));
+            for (int i = 0; i < 4; ++i) ds[n][i] = s[n][i] * (ds[n][i] - of_delta.x[i % 2]);
+        }
         accumulate<T, N, D>(dk, ds, q);
         block_barrier();  // the tile after the next takes the place of this one
         copy(tile + 2);
@@ -230,8 +241,10 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     const Window shape(p, 0);
     const int q_tiles = tiles_of(shape, block_rows), table_rows = shape.table_rows();
     const int query = static_cast<int>(block_index() % q_tiles) * block_rows;
-    const int64_t split = block_index() / q_tiles % p.splits;
-    const int64_t head_index = block_index() / q_tiles / p.splits;
+    const int splits = static_cast<int>(p.splits), windows = static_cast<int>(windows_of(p)),
+              items = static_cast<int>(p.batch) * windows;  // fewer than blocks of the other kernels
+    const int split = static_cast<int>(block_index() / q_tiles % splits);
+    const int64_t head_index = block_index() / q_tiles / splits;
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
     const auto table = shared_memory<float>(), sums = table + table_size(table_rows);
     const Slots slots((sums + table_size(table_rows)).template as<int>(), shape);
@@ -246,8 +259,8 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     for (int key = 0; key < shape.slots; key += N) {
         float grad_logits[N / 8][4];
         zero(grad_logits);
-        for (int64_t item = split; item < p.batch * windows_of(p); item += p.splits) {
-            const Head head(p, item / windows_of(p), head_index, Window(p, item % windows_of(p)));
+        for (int item = split; item < items; item += splits) {
+            const Head head(p, item / windows, head_index, Window(p, item % windows));
             copy_queries<D, block_rows>(q, p, head, slots, query);
             copy_keys<D, N>(k, p, head, slots, key);
             commit_copies();

@@ -19,7 +19,7 @@ constexpr int warps = 4, threads = 32 * warps;
 constexpr int block_rows = 16 * warps;  // rows of a block, 16 to a warp
 // Blocks that a multiprocessor shall hold at once: so many leave their registers to as many as fit.
 template <int D>
-constexpr int blocks_at_once = D <= 96 ? 3 : 2;
+constexpr int blocks_at_once = D <= 80 ? 3 : 2;
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 template <int D>
@@ -65,19 +65,21 @@ DEVICE void copy_tile(Shared<uint16_t> tile, int rows, int head_dim, const uint1
     });
 }
 
-// The same for two tiles, one after the other.
+// The same for two tiles, one after the other. Here addresses are valid where nothing is read, too:
+// a branch would cost more than the copy.
 struct TwoRows {
     const uint16_t *first, *second;
+    bool live;
 };
 template <int D, class From>
-DEVICE void copy_tiles(Shared<uint16_t> tiles, int rows, int head_dim, const uint16_t* valid,
-                       const From& from) {
+DEVICE void copy_tiles(Shared<uint16_t> tiles, int rows, int head_dim, const From& from) {
     for_own_units<D>(rows, [&](int row, int column) {
         const TwoRows source = from(row);
-        const bool live = source.first && column < head_dim;
+        const bool live = source.live && column < head_dim;
+        const int at = live ? column : 0;
         const auto to = tiles + (row * row_stride<D> + column);
-        copy_async(to, live ? source.first + column : valid, live);
-        copy_async(to + tile_size<D>(rows), live ? source.second + column : valid, live);
+        copy_async(to, source.first + at, live);
+        copy_async(to + tile_size<D>(rows), source.second + at, live);
     });
 }
 
