@@ -72,7 +72,8 @@ def forward(
     tile, head, window, sample = _work(
         (WH * WW + BLOCK_M - 1) // BLOCK_M, heads, tokens // (WH * WW)
     )
-    table = head_of_table(table, head, WH, WW)
+    if table is not None:
+        table = head_of_table(table, head, WH, WW)
     dim = heads * HEAD_DIM
     column = head * HEAD_DIM
     qkv += sample * stride_b + column
@@ -195,7 +196,8 @@ def backward_q(
     """
     TILES: tl.constexpr = (WH * WW + BLOCK_M - 1) // BLOCK_M
     tile, head, window, sample = _work(TILES, heads, tokens // (WH * WW))
-    table = head_of_table(table, head, WH, WW)
+    if table is not None:
+        table = head_of_table(table, head, WH, WW)
     dim = heads * HEAD_DIM
     column = head * HEAD_DIM
     qkv += sample * stride_b + column
@@ -309,7 +311,8 @@ def backward_kv(
     tile, head, window, sample = _work(
         (WH * WW + BLOCK_N - 1) // BLOCK_N, heads, tokens // (WH * WW)
     )
-    table = head_of_table(table, head, WH, WW)
+    if table is not None:
+        table = head_of_table(table, head, WH, WW)
     dim = heads * HEAD_DIM
     column = head * HEAD_DIM
     qkv += sample * stride_b + column
@@ -398,7 +401,8 @@ def backward_table(
     index = tl.program_id(0) // (K_TILES * Q_TILES)  # of heads * splits
     split = index % splits
     head = index // splits
-    table = head_of_table(table, head, WH, WW)
+    if table is not None:
+        table = head_of_table(table, head, WH, WW)
     windows = tokens // (WH * WW)
     dim = heads * HEAD_DIM
     column = head * HEAD_DIM

@@ -87,11 +87,13 @@ def forward(
     if q_row is not None:
         q = add(q, load(q_row, row_start, HEAD_DIM, D0, D1))
 
+    if table is not None:
+        table = head_of_table(table, head, WH, WW)
     here = position(y, x, WW)
     s = logits(
         q,
         k,
-        head_of_table(table, head, WH, WW),
+        table,
         here[:, None] - here[None, :],
         valid,
         scale * LOG2E,
@@ -153,7 +155,8 @@ def backward(
     y, x, valid = locate(tl.arange(0, BLOCK_M), WH, WW, ROW)
     here = position(y, x, WW)
     offset = here[:, None] - here[None, :]
-    table = head_of_table(table, head, WH, WW)
+    if table is not None:
+        table = head_of_table(table, head, WH, WW)
     dim = heads * HEAD_DIM
     column = head * HEAD_DIM
 

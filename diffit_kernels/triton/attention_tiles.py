@@ -166,10 +166,8 @@ def position(y, x, WW: tl.constexpr):
 @triton.jit
 def head_of_table(table, head, WH: tl.constexpr, WW: tl.constexpr):
     """The center of a head's part of a (heads, rows) table: where a token looks at itself."""
-    if table is not None:
-        rows: tl.constexpr = (2 * WH - 1) * (2 * WW - 1)
-        table += head * rows + rows // 2
-    return table
+    rows: tl.constexpr = (2 * WH - 1) * (2 * WW - 1)
+    return table + head * rows + rows // 2
 
 
 @triton.jit

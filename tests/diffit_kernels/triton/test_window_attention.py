@@ -216,23 +216,31 @@ def test_explicit_parameters(tiny_tiles: None) -> None:
 
 
 def launches(entries: list[configs.Entry]) -> dict[str, Callable[[], None]]:
-    """A call, forward and backward, for every shape of a table, and for the largest window."""
+    """A call, forward and backward, for every shape of a table, and for some that are in none."""
     dtypes = {2: torch.bfloat16, 4: torch.float32}
     shapes = {
         (isqrt(entry["window_tokens"]), entry["head_dim"], dtypes[entry["itemsize"]])
         for entry in entries
         if "window_tokens" in entry
     } | {(32, 72, torch.bfloat16)}
-    return {
-        f"window {side}, head width {width}, {name_of(dtype)}": partial(_launch, side, width, dtype)
+    calls = {
+        f"window {side}, head width {width}, {name_of(dtype)}": partial(
+            _launch, (side, side), width, dtype
+        )
         for side, width, dtype in sorted(shapes, key=str)
     }
+    for window in ((4, 4), (16, 16)):
+        calls[f"window {window[0]}, no table, no rows"] = partial(
+            _launch, window, 32, torch.float16, optional=False
+        )
+    return calls
 
 
-def _launch(side: int, width: int, dtype: torch.dtype) -> None:
-    problem = WindowAttentionProblem(1, (side, side), (side, side), 16, width, dtype, "cuda")
+def _launch(window: tuple[int, int], width: int, dtype: torch.dtype, optional: bool = True) -> None:
+    problem = WindowAttentionProblem(1, window, window, 16, width, dtype, "cuda")
     qkv = torch.empty(1, problem.tokens, 3 * problem.dim, dtype=dtype)
-    row, table = qkv[:, 0, : problem.dim], torch.empty(problem.table_rows, 16)
+    row = qkv[:, 0, : problem.dim] if optional else None
+    table = torch.empty(problem.table_rows, 16) if optional else None
     out, lse = attention.window_attention(problem, qkv, table, row, row, 1.0)
     attention.window_attention_backward(problem, out, qkv, table, row, row, lse, 1.0)
 
