@@ -12,11 +12,13 @@ from diffit_kernels.problem import WindowAttentionProblem
 from diffit_kernels.triton import attention_large as large
 from diffit_kernels.triton import attention_small as small
 from diffit_kernels.triton import attention_tiles as tiles
-from diffit_kernels.triton.configs import Configs, choose
+from diffit_kernels.triton.configs import Config, Configs, Entry, nearest
 
-# Slots of a window up to which a program holds it whole: 64 x 64 logits fit in registers. The
-# backward pass also holds the sums of two tiles there, of as many numbers.
+# Slots of a window up to which a program holds it whole: 64 x 64 logits fit in registers. A head's
+# part of q has to be small as well; the backward pass, which holds sums of two such tiles besides,
+# is content with half of these bytes.
 _SMALL = 64
+_SMALL_BYTES = 16384
 
 # Programs that keep any GPU busy, where work may be cut at will. The same on every device, so that
 # the sums are.
@@ -46,11 +48,11 @@ def window_attention(
         *(qkv, _scaled_table(rel_pos_table), q_row, v_row, out, lse),
         *(qkv.stride(0), qkv.stride(1), problem.tokens, problem.grid_size[1], problem.num_heads),
     )
+    block = _block(problem.window_tokens)
     with torch.cuda.device_of(qkv):
-        if problem.window_tokens <= _SMALL:
+        if block <= _SMALL and block * problem.head_dim * qkv.itemsize <= _SMALL_BYTES:
             config = _config("small_forward", problem.window_tokens, problem, qkv, configs)
             programs = problem.num_heads * triton.cdiv(windows, config["WINDOWS"])
-            block = max(16, triton.next_power_of_2(problem.window_tokens))
             small.forward[(programs,)](*arguments, windows, scale, BLOCK_M=block, **config)
         else:
             config = _config("large_forward", problem.window_tokens, problem, qkv, configs)
@@ -76,9 +78,9 @@ def window_attention_backward(
     q_row, v_row = _contiguous(q_row), _contiguous(v_row)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     slots = problem.window_size[0] * _row(problem)
-    small_window = slots <= _SMALL and slots * problem.head_dim <= _SMALL**2
+    size = slots * problem.head_dim * qkv.itemsize
     with torch.cuda.device_of(qkv):
-        if small_window:
+        if slots <= _SMALL and size <= _SMALL_BYTES // 2:
             table = _scaled_table(rel_pos_table)
             sums = _small_backward(
                 problem, grad_out, qkv, table, q_row, v_row, grad_qkv, scale, configs
@@ -108,7 +110,7 @@ def _small_backward(
 ) -> Sums:
     """Fill ``grad_qkv``; gradients of the table and the rows."""
     batch, heads, row = problem.batch, problem.num_heads, _row(problem)
-    block = max(16, triton.next_power_of_2(problem.window_size[0] * row))
+    block = _block(problem.window_size[0] * row)
     config = _config("small_backward", block, problem, qkv, configs)
     groups = triton.cdiv(problem.windows, config["WINDOWS"])
     steps = triton.cdiv(groups, triton.cdiv(_PROGRAMS, batch * heads))
@@ -190,9 +192,10 @@ def _config(
         d0, d1 = 2 * d0, 0
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     if configs is None:
-        parameters = choose(
+        entry = nearest(
             kernel, qkv.device, problem.dtype.itemsize, window_tokens=slots, head_dim=width
         )
+        parameters = _fitting(entry, slots, width)
     else:
         parameters = configs[kernel]
     return {
@@ -205,6 +208,22 @@ def _config(
         "PRECISION": "tf32" if tf32 else "ieee",
         "enable_fp_fusion": True,
     }
+
+
+def _fitting(entry: Entry, slots: int, width: int) -> Config:
+    """Its parameters, for so few windows that a program holds no more than the entry's does."""
+    parameters: Config = entry["parameters"]
+    if "WINDOWS" not in parameters:
+        return parameters
+    size = _block(slots) * width
+    held = parameters["WINDOWS"] * _block(entry["window_tokens"]) * entry["head_dim"]
+    windows = 1 << (max(1, held // size).bit_length() - 1)
+    return {**parameters, "WINDOWS": min(windows, parameters["WINDOWS"])}
+
+
+def _block(slots: int) -> int:
+    """Slots of a tile that holds a whole window."""
+    return max(16, triton.next_power_of_2(slots))
 
 
 def _sizes(problem: WindowAttentionProblem, grad_out: Tensor, qkv: Tensor) -> tuple[int, ...]:

@@ -43,9 +43,14 @@ class Table:
     entries: list[Entry] = field(default_factory=list)
 
 
-@lru_cache(maxsize=1024)
 def choose(kernel: str, device: torch.device, itemsize: int, **shape: int) -> Config:
-    """Parameters of the entry whose shape is nearest, from the table of the device.
+    """Parameters of the nearest entry."""
+    return nearest(kernel, device, itemsize, **shape)["parameters"]
+
+
+@lru_cache(maxsize=1024)
+def nearest(kernel: str, device: torch.device, itemsize: int, **shape: int) -> Entry:
+    """The entry whose shape is nearest, from the table of the device.
 
     Distance is that of the logarithms of the numbers of a shape; the size of an element has to
     agree. What a device's own table has not, the default has.
@@ -57,11 +62,10 @@ def choose(kernel: str, device: torch.device, itemsize: int, **shape: int) -> Co
             if (entry["kernel"], entry["itemsize"]) == (kernel, itemsize)
         ]
         if entries:
-            nearest = min(
+            return min(
                 entries,
                 key=lambda entry: sum(abs(log2(entry[name] / shape[name])) for name in shape),
             )
-            return nearest["parameters"]
     raise LookupError(f"no entry for {kernel} with elements of {itemsize} bytes")
 
 

@@ -121,7 +121,7 @@ def _main(module: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for table, content in configs.tables().items():
             configs.table_of = lambda device, content=content: content
-            configs.choose.cache_clear()
+            configs.nearest.cache_clear()
             for name, call in importlib.import_module(module).launches(content.entries).items():
                 with _recorded() as launched, torch.device("meta"):
                     call()

@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def no_memory() -> Iterator[None]:
     for forget in (True, False):
-        for cached in (configs.choose, configs.table_of, configs.tables):
+        for cached in (configs.nearest, configs.table_of, configs.tables):
             cached.cache_clear()
         if forget:
             yield

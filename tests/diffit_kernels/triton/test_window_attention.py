@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from math import isqrt
 
 import pytest
 import torch
@@ -78,7 +77,10 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "choose", lambda kernel, *_, **shape: TINY[kernel])
+    def nearest(kernel: str, *_: object, **shape: int) -> configs.Entry:
+        return {**shape, "parameters": TINY[kernel]}
+
+    monkeypatch.setattr(attention, "nearest", nearest)
 
 
 @pytest.fixture
@@ -212,6 +214,26 @@ def test_explicit_parameters(tiny_tiles: None) -> None:
     assert_same_bits(dict(zip(names, grads, strict=True)), {n: expected[n][0] for n in names})
 
 
+@pytest.mark.parametrize(
+    ("kernel", "slots", "width", "windows"),
+    [
+        ("small_forward", 16, 32, 8),  # the entry's
+        ("small_forward", 9, 8, 8),
+        ("small_forward", 16, 72, 2),
+        ("small_forward", 17, 32, 4),
+        ("small_forward", 64, 128, 1),
+        ("large_forward", 16, 72, None),
+    ],
+)
+def test_a_program_holds_no_more_than_where_it_was_tuned(
+    kernel: str, slots: int, width: int, windows: int | None
+) -> None:
+    parameters = {"num_warps": 4} | ({"WINDOWS": 8} if kernel == "small_forward" else {})
+    entry = {"window_tokens": 16, "head_dim": 32, "parameters": parameters}
+    fitting = attention._fitting(entry, slots, width)
+    assert fitting == parameters | ({"WINDOWS": windows} if windows else {})
+
+
 # --- compiled for GPUs that need not be there
 
 
@@ -219,21 +241,25 @@ def launches(entries: list[configs.Entry]) -> dict[str, Callable[[], None]]:
     """A call, forward and backward, for every shape of a table, and for some that are in none."""
     dtypes = {2: torch.bfloat16, 4: torch.float32}
     shapes = {
-        (isqrt(entry["window_tokens"]), entry["head_dim"], dtypes[entry["itemsize"]])
+        (_window(entry["window_tokens"]), entry["head_dim"], dtypes[entry["itemsize"]])
         for entry in entries
         if "window_tokens" in entry
-    } | {(32, 72, torch.bfloat16)}
-    calls = {
-        f"window {side}, head width {width}, {name_of(dtype)}": partial(
-            _launch, (side, side), width, dtype
-        )
-        for side, width, dtype in sorted(shapes, key=str)
-    }
+    } | {((32, 32), 72, torch.bfloat16), ((1, 17), 128, torch.float32)}
+    calls = {}
+    for window, width, dtype in sorted(shapes, key=str):
+        name = f"window {window[0]}x{window[1]}, head width {width}, {name_of(dtype)}"
+        calls[name] = partial(_launch, window, width, dtype)
     for window in ((4, 4), (16, 16)):
-        calls[f"window {window[0]}, no table, no rows"] = partial(
+        calls[f"window {window[0]}x{window[1]}, no table, no rows"] = partial(
             _launch, window, 32, torch.float16, optional=False
         )
     return calls
+
+
+def _window(tokens: int) -> tuple[int, int]:
+    """For a power of two: a square, or two."""
+    height = 1 << (tokens.bit_length() - 1) // 2
+    return height, tokens // height
 
 
 def _launch(window: tuple[int, int], width: int, dtype: torch.dtype, optional: bool = True) -> None:
@@ -259,7 +285,7 @@ def test_every_target() -> None:
         result
         for result in compiled
         if result["target"] == "sm_90"
-        and ("window 16" in result["call"] or "window 32" in result["call"])
+        and ("window 16x" in result["call"] or "window 32x" in result["call"])
         and "bfloat16" in result["call"]
         and result["kernel"] != "add_partials"
     ]
