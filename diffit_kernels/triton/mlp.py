@@ -5,6 +5,10 @@ and the residual.
 Backward, the product that gives the gradient of the activation turns it into that of the hidden
 layer, recomputes the activation and sums the gradient of the bias, all in one pass over the hidden
 layer. The other three products are plain and PyTorch's.
+
+Where PyTorch's products are so much faster that a pass more costs less, these four are PyTorch's as
+well, and what they would do in their tiles are two elementwise kernels. In float32 they always are:
+a sum over all of K in one chain rounds more than cuBLAS does.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from diffit_kernels.triton.rows import as_rows
 _SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi) * math.log2(math.e))
 _CUBIC = tl.constexpr(0.044715)
 _LN2 = tl.constexpr(math.log(2))
+
+# Of the elementwise kernels: whole lines of memory, few enough numbers for registers.
+_TILE: Config = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 
 
 @triton.jit
@@ -54,6 +61,16 @@ def _tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl
 
 
 @triton.jit
+def _places(down, first_column, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a tile of (rows, columns): columns, where its first row begins, places, which exist."""
+    row, column = tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+    first_row = down * BLOCK_M
+    inside = (first_row + row < rows)[:, None] & (column < columns)[None, :]
+    # From the first element of these rows, 32 bits are enough.
+    return column, first_row.to(tl.int64) * columns, row[:, None] * columns + column, inside
+
+
+@triton.jit
 def _product(
     a,
     b,
@@ -63,7 +80,6 @@ def _product(
     b_stride_k,
     BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The tile of a b in float32, from pointers to their first tiles along ``inner``."""
     total = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
@@ -75,7 +91,7 @@ def _product(
             left = tl.arange(0, BLOCK_K) < inner - start
             a_tile = tl.load(a, mask=a_inside & left[None, :], other=0.0)
             b_tile = tl.load(b, mask=b_inside & left[:, None], other=0.0)
-        total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
+        total = tl.dot(a_tile, b_tile, total)
         a += BLOCK_K
         b += BLOCK_K * b_stride_k
     return total
@@ -100,7 +116,6 @@ def linear(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """``x weight^T + bias``, with GELU its GELU, plus ``residual`` if there, rounded once.
 
@@ -112,11 +127,8 @@ def linear(
     a = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
     b = weight + column.to(tl.int64)[None, :] * inner + k[:, None]
     a_inside, b_inside = (row < rows)[:, None], (column < columns)[None, :]
-    total = _product(a, b, a_inside, b_inside, inner, 1, BLOCK_K, WHOLE_K, PRECISION)
-    # From the first element of these rows, 32 bits are enough.
-    first = (down * BLOCK_M).to(tl.int64) * columns
-    out = tl.arange(0, BLOCK_M)[:, None] * columns + column[None, :]
-    inside = a_inside & b_inside
+    total = _product(a, b, a_inside, b_inside, inner, 1, BLOCK_K, WHOLE_K)
+    _, first, out, inside = _places(down, across * BLOCK_N, rows, columns, BLOCK_M, BLOCK_N)
     if hidden is not None:
         tl.store(hidden + first + out, total, mask=inside)
     total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
@@ -133,19 +145,16 @@ def linear(
 def _gelu_backward(grad, tensors, down, first_column, rows, columns):
     """The epilogue of ``gelu_backward`` on a tile of the gradient of the activation."""
     bias, hidden, activation, grad_hidden, grad_bias = tensors
-    row, column = tl.arange(0, grad.shape[0]), first_column + tl.arange(0, grad.shape[1])
-    first_row = down * grad.shape[0]
-    inside = (first_row + row < rows)[:, None] & (column < columns)[None, :]
-    # From the first element of these rows, 32 bits are enough.
-    first = first_row.to(tl.int64) * columns
-    out = row[:, None] * columns + column[None, :]
+    column, first, out, inside = _places(
+        down, first_column, rows, columns, grad.shape[0], grad.shape[1]
+    )
     u = tl.load(hidden + first + out, mask=inside, other=0.0).to(tl.float32)
     u += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     gate, slope = _gate(u)
     tl.store(activation + first + out, u * gate, mask=inside)
     grad *= gate + u * slope
     tl.store(grad_hidden + first + out, grad, mask=inside)
-    # Rows outside are 0 in grad_y, and so in grad.
+    # Rows outside are 0 in grad.
     partial = grad_bias + down.to(tl.int64) * columns + column
     tl.store(partial, tl.sum(grad, axis=0), mask=column < columns)
 
@@ -168,7 +177,6 @@ def gelu_backward(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """``(grad_y weight) gelu'(u)`` and ``gelu(u)``, u = hidden + bias; sums of the first by tile.
 
@@ -180,12 +188,44 @@ def gelu_backward(
     a = grad_y + row.to(tl.int64)[:, None] * grad_y_stride + k[None, :]
     b = weight + k.to(tl.int64)[:, None] * columns + column[None, :]
     a_inside, b_inside = (row < rows)[:, None], (column < columns)[None, :]
-    grad = _product(a, b, a_inside, b_inside, inner, columns, BLOCK_K, WHOLE_K, PRECISION)
+    grad = _product(a, b, a_inside, b_inside, inner, columns, BLOCK_K, WHOLE_K)
     # One half after the other: what the epilogue of a whole tile needs does not fit in registers.
     left, right = tl.split(grad.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
     first, tensors = across * BLOCK_N, (bias, hidden, activation, grad_hidden, grad_bias)
     _gelu_backward(left, tensors, down, first, rows, columns)
     _gelu_backward(right, tensors, down, first + BLOCK_N // 2, rows, columns)
+
+
+@triton.jit
+def activate(hidden, bias, activation, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``activation = gelu(hidden + bias)``, which may be written over ``hidden``."""
+    down, across = _tile(rows, columns, BLOCK_M, BLOCK_N, 1)
+    column, first, out, inside = _places(down, across * BLOCK_N, rows, columns, BLOCK_M, BLOCK_N)
+    u = tl.load(hidden + first + out, mask=inside, other=0.0).to(tl.float32)
+    u += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    gate, _ = _gate(u)
+    tl.store(activation + first + out, u * gate, mask=inside)
+
+
+@triton.jit
+def activate_backward(
+    grad,
+    bias,
+    hidden,
+    activation,
+    grad_hidden,
+    grad_bias,
+    rows,
+    columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """As ``gelu_backward``, from the gradient of the activation; may write over that."""
+    down, across = _tile(rows, columns, BLOCK_M, BLOCK_N, 1)
+    _, first, out, inside = _places(down, across * BLOCK_N, rows, columns, BLOCK_M, BLOCK_N)
+    tile = tl.load(grad + first + out, mask=inside, other=0.0).to(tl.float32)
+    tensors = (bias, hidden, activation, grad_hidden, grad_bias)
+    _gelu_backward(tile, tensors, down, across * BLOCK_N, rows, columns)
 
 
 def mlp(
@@ -202,43 +242,66 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones.
 
-    Those of ``mlp_gelu`` and ``mlp_bias`` may be ``{"impl": "cublaslt"}``: PyTorch's product with
-    the bias and the GELU in its epilogue. It cannot store the hidden layer as well; the product
-    that does is ``mlp_gelu_hidden``, with parameters of its own.
+    Those may be ``{"impl": "cublaslt"}``, and in float32 always are: PyTorch's product. It has the
+    bias in its epilogue and, in 16 bits, where the hidden layer is not stored as well, the GELU.
     """
     hidden = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
-    first = "mlp_gelu_hidden" if save_hidden else "mlp_gelu"
-    activation = _linear(first, as_rows(x), fc1_weight, fc1_bias, None, hidden, configs)
+    activation = _activation(as_rows(x), fc1_weight, fc1_bias, hidden, configs)
     added = None if residual is None else as_rows(residual)
-    y = _linear("mlp_bias", activation, fc2_weight, fc2_bias, added, None, configs)
+    y = _output(activation, fc2_weight, fc2_bias, added, configs)
     return y.view(*x.shape[:-1], problem.out_features), hidden
 
 
+def _activation(
+    x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor | None, configs: Configs | None
+) -> Tensor:
+    """``gelu(x weight^T + bias)``; ``hidden``, if there, gets ``x weight^T``."""
+    kernel, columns = "mlp_gelu" if hidden is None else "mlp_gelu_hidden", len(weight)
+    config = _config(kernel, x, columns, configs)
+    if config == CUBLASLT and hidden is None and x.dtype != torch.float32:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    activation = x.new_empty(len(x), columns)
+    if config == CUBLASLT:
+        product = activation if hidden is None else hidden
+        torch.mm(x, weight.t(), out=product)
+        with torch.cuda.device_of(x):
+            activate[_grid(x, columns, _TILE)](
+                product, bias.contiguous(), activation, len(x), columns, **_TILE
+            )
+    else:
+        _linear(x, weight, bias, None, hidden, activation, config | {"GELU": True})
+    return activation
+
+
+def _output(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, configs: Configs | None
+) -> Tensor:
+    """``x weight^T + bias``, plus ``residual`` if there."""
+    config = _config("mlp_bias", x, len(weight), configs)
+    if config == CUBLASLT:
+        y = torch.addmm(bias, x, weight.t())
+        return y if residual is None else residual + y
+    y = (x if residual is None else residual).new_empty(len(x), len(weight))
+    _linear(x, weight, bias, residual, None, y, config | {"GELU": False})
+    return y
+
+
 def _linear(
-    kernel: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
     hidden: Tensor | None,
-    configs: Configs | None,
-) -> Tensor:
-    columns = weight.shape[0]
-    config = _config(kernel, x, columns, configs)
-    if config == CUBLASLT:
-        if kernel == "mlp_gelu":
-            return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        y = torch.addmm(bias, x, weight.t())
-        return y if residual is None else residual + y
-    y = (x if residual is None else residual).new_empty(len(x), columns)
+    y: Tensor,
+    config: Config,
+) -> None:
+    columns = len(weight)
     with torch.cuda.device_of(x):
         linear[_grid(x, columns, config)](
             *(x, weight.contiguous(), bias.contiguous(), residual, hidden, y, x.stride(0)),
             *(0 if residual is None else residual.stride(0), len(x), columns, x.shape[1]),
-            GELU=kernel != "mlp_bias",
             **config,
         )
-    return y
 
 
 def mlp_backward(
@@ -256,16 +319,25 @@ def mlp_backward(
     x_rows, grad_rows = as_rows(x), as_rows(grad_y)
     columns = problem.hidden_features
     config = _config("mlp_gelu_backward", grad_rows, columns, configs)
-    activation, grad_hidden = (x.new_empty(problem.rows, columns) for _ in range(2))
+    elementwise = config == CUBLASLT
+    if elementwise:
+        config, grad_hidden = _TILE, grad_rows @ fc2_weight
+    else:
+        grad_hidden = x.new_empty(problem.rows, columns)
+    activation = torch.empty_like(grad_hidden)
     tiles_down = triton.cdiv(problem.rows, config["BLOCK_M"])
     grad_bias = x.new_empty(tiles_down, columns, dtype=torch.float32)
+    tensors = (fc1_bias.contiguous(), hidden.contiguous(), activation, grad_hidden, grad_bias)
+    grid = _grid(grad_rows, columns, config)
     with torch.cuda.device_of(x):
-        gelu_backward[_grid(grad_rows, columns, config)](
-            *(grad_rows, fc2_weight.contiguous(), fc1_bias.contiguous(), hidden.contiguous()),
-            *(activation, grad_hidden, grad_bias),
-            *(grad_rows.stride(0), problem.rows, columns, problem.out_features),
-            **config,
-        )
+        if elementwise:
+            activate_backward[grid](grad_hidden, *tensors, problem.rows, columns, **config)
+        else:
+            gelu_backward[grid](
+                *(grad_rows, fc2_weight.contiguous(), *tensors),
+                *(grad_rows.stride(0), problem.rows, columns, problem.out_features),
+                **config,
+            )
     return (
         (grad_hidden @ fc1_weight).view(x.shape),
         grad_hidden.t() @ x_rows,
@@ -278,18 +350,13 @@ def mlp_backward(
 def _config(kernel: str, x: Tensor, columns: int, configs: Configs | None) -> Config:
     """``CUBLASLT``, or what a launch passes by name."""
     rows, inner = x.shape
+    if x.dtype == torch.float32:
+        return CUBLASLT
     if configs is None:
         chosen = choose(kernel, x.device, x.itemsize, rows=rows, features=columns)
     else:
         chosen = configs[kernel]
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if chosen == CUBLASLT:
-        return chosen
-    return {
-        **chosen,
-        "WHOLE_K": inner % chosen["BLOCK_K"] == 0,
-        "PRECISION": "tf32" if tf32 else "ieee",
-    }
+    return chosen if chosen == CUBLASLT else {**chosen, "WHOLE_K": inner % chosen["BLOCK_K"] == 0}
 
 
 def _grid(x: Tensor, columns: int, config: Config) -> tuple[int]:

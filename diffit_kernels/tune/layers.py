@@ -53,26 +53,20 @@ def _grid(**values: tuple[int, ...]) -> list[Config]:
     return [dict(zip(values, numbers, strict=True)) for numbers in product(*values.values())]
 
 
-def _products(half: bool) -> list[Config]:
-    if half:
-        tiles = [
-            *((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4)),
-            *((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-            *((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4)),
-        ]
-    else:
-        tiles = [
-            *((32, 64, 32, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 8, 2), (64, 64, 32, 8, 2)),
-            *((64, 128, 16, 8, 2), (128, 64, 16, 8, 2), (128, 128, 16, 8, 2)),
-        ]
+def _products() -> list[Config]:
+    tiles = [
+        *((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4)),
+        *((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
+        *((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4)),
+    ]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    return [{**dict(zip(names, tile, strict=True)), "GROUP": 8} for tile in tiles]
+    return [{**dict(zip(names, tile, strict=True)), "GROUP": 8} for tile in tiles] + [CUBLASLT]
 
 
 def candidates(kernel: str, itemsize: int) -> list[Config]:
     """The parameters that are tried."""
     half = itemsize == 2
-    products = _products(half)
+    products = _products()
     rows = _grid(ROWS=(1, 2, 4, 8, 16), num_warps=(2, 4, 8, 16))
     return {
         "small_forward": _grid(WINDOWS=(1, 2, 4, 8), num_warps=(1, 2, 4, 8), num_stages=(1,)),
@@ -101,8 +95,8 @@ def candidates(kernel: str, itemsize: int) -> list[Config]:
             num_warps=(4, 8),
             num_stages=(1, 2),
         ),
-        "mlp_gelu": [*products, CUBLASLT],
-        "mlp_bias": [*products, CUBLASLT],
+        "mlp_gelu": products,
+        "mlp_bias": products,
         "mlp_gelu_hidden": products,
         "mlp_gelu_backward": products,
         "add_layer_norm": rows,

@@ -76,7 +76,12 @@ def _error(result: Tensor, exact: Tensor) -> float:
 
 
 def passes(operator: str, layer: Layer, dtype: torch.dtype, device: torch.device) -> Iterator[Pass]:
-    """Those of an operator in a layer: forward, forward in training if that differs, backward."""
+    """Those of an operator in a layer: forward, forward in training if that differs, backward.
+
+    None where there is nothing to tune: of the MLP in float32, whose products are PyTorch's.
+    """
+    if operator == "mlp" and dtype == torch.float32:
+        return
     make = {"window_attention": _attention, "mlp": _mlp, "add_layer_norm": _add_layer_norm}
     generator = torch.Generator(device).manual_seed(0)
 

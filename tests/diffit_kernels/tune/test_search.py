@@ -28,7 +28,6 @@ CPU = torch.device("cpu")
 # Enough numbers in every result that its largest error is no luck.
 SMALL = Layer(4, 4, 2, 2, 16)
 LARGE = Layer(2, 9, 9, 1, 64)
-FLOAT = [torch.float32]
 
 
 @pytest.fixture(autouse=True)
@@ -79,13 +78,14 @@ def run(
     kernels: Sequence[str] = ("add_layer_norm",),
     layers: Sequence[Layer] = (SMALL,),
     table: Table | None = None,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[bool, list[str]]:
     """Whether there was time, and the lines of the report."""
     lines: list[str] = []
     budget = options.pop("budget", None) or Budget(1e9)
     table = table or Table(["H200"])
-    done = Search(machine, path, table, kernels, budget, lines.append).run(layers, FLOAT)
+    done = Search(machine, path, table, kernels, budget, lines.append).run(layers, [dtype])
     return done, lines
 
 
@@ -121,13 +121,18 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["attention-small", "mlp", "norm", "attention-large"],
 )
 def test_passes_are_right_and_what_is_not_is_seen(operator: str, layer: Layer) -> None:
+    dtype = torch.float16 if operator == "mlp" else torch.float32
     kernels = set()
-    for work in passes(operator, layer, torch.float32, CPU):
-        configs = {kernel: choose(kernel, CPU, 4, **s) for kernel, s in work.kernels.items()}
+    for work in passes(operator, layer, dtype, CPU):
+        configs = {
+            kernel: choose(kernel, CPU, dtype.itemsize, **shape)
+            for kernel, shape in work.kernels.items()
+        }
         results = work.run(configs=configs)
         assert work.is_right(results)
         for index, result in enumerate(results):
-            for broken in (result + 1e-3, result.clone().fill_(torch.nan)):
+            fault = 0.1 if dtype == torch.float16 else 1e-3
+            for broken in (result + fault, result.clone().fill_(torch.nan)):
                 assert not work.is_right((*results[:index], broken, *results[index + 1 :]))
         kernels |= work.kernels.keys()
     other = {"small": "large_", "large": "small_"}["small" if layer is SMALL else "large"]
@@ -190,12 +195,23 @@ def test_where_nothing_is_right_there_is_no_entry(path: Path) -> None:
     assert "none of 4 candidates is right" in lines[0]
 
 
-def test_cublaslt_has_to_be_right_too(path: Path) -> None:
-    """On the CPU its GELU is another one, and only the second product is right."""
-    run(Machine(lambda config: float(config != CUBLASLT)), path, KERNELS["mlp"])
+def test_cublaslt_has_to_be_right_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another function in the place of GELU only the second product is right."""
+
+    def relu(bias: torch.Tensor, *factors: torch.Tensor, use_gelu: bool) -> torch.Tensor:
+        return torch.addmm(bias, *factors).relu()
+
+    monkeypatch.setattr(torch, "_addmm_activation", relu)
+    machine = Machine(lambda config: float(config != CUBLASLT))
+    run(machine, path, KERNELS["mlp"], dtype=torch.float16)
     assert entries(path)["mlp_bias"] == CUBLASLT
     assert entries(path)["mlp_gelu"] != CUBLASLT
     assert entries(path).keys() == set(KERNELS["mlp"])
+
+
+def test_products_in_float32_are_not_tuned(path: Path) -> None:
+    assert run(Machine(), path, KERNELS["mlp"]) == (True, [])
+    assert not path.exists()
 
 
 def test_every_kernel_once(path: Path) -> None:
@@ -301,8 +317,16 @@ def test_the_layers_are_those_of_the_networks() -> None:
             assert key in tuned, (name, key)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("kernel", [k for names in KERNELS.values() for k in names if k != "cuda"])
+@pytest.mark.parametrize(
+    ("kernel", "itemsize"),
+    [
+        (kernel, itemsize)
+        for operator, names in KERNELS.items()
+        for kernel in names
+        if kernel != "cuda"
+        for itemsize in ((2,) if operator == "mlp" else (2, 4))
+    ],
+)
 def test_candidates_name_what_the_default_names(kernel: str, itemsize: int) -> None:
     shape = {"window_tokens": 64, "head_dim": 32}
     if kernel.startswith(("mlp", "add")):
