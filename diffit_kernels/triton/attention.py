@@ -190,7 +190,11 @@ def _config(
     d1 = max(16, triton.next_power_of_2(width - d0)) if width > d0 else 0
     if d0 == d1:
         d0, d1 = 2 * d0, 0
-    tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = (
+        problem.dtype == torch.float32
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        and torch.version.hip is None
+    )
     if configs is None:
         entry = nearest(
             kernel, qkv.device, problem.dtype.itemsize, window_tokens=slots, head_dim=width

@@ -95,11 +95,28 @@ def transposed(x):
 
 
 @triton.jit
+def _rounded(x, PRECISION: tl.constexpr):
+    """With TF32 to its nearest number: a tensor core would cut the other bits off."""
+    if PRECISION == "tf32":
+        x = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x
+
+
+@triton.jit
+def _dot(a, b, c, PRECISION: tl.constexpr):
+    """``a b + c``."""
+    a, b = _rounded(a, PRECISION), _rounded(b, PRECISION)
+    return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
 def product(a, b, D1: tl.constexpr, PRECISION: tl.constexpr):
     """``a b^T``, summed over the width of the head."""
-    c = tl.dot(a[0], transposed(b[0]), input_precision=PRECISION)
+    c = _dot(a[0], transposed(b[0]), None, PRECISION)
     if D1:
-        c = tl.dot(a[1], transposed(b[1]), c, input_precision=PRECISION)
+        c = _dot(a[1], transposed(b[1]), c, PRECISION)
     return c
 
 
@@ -107,10 +124,10 @@ def product(a, b, D1: tl.constexpr, PRECISION: tl.constexpr):
 def accumulate(tile, weights, x, D1: tl.constexpr, PRECISION: tl.constexpr):
     """``tile + weights x``, with the weights rounded to the dtype of x."""
     weights = weights.to(x[0].dtype)
-    first = tl.dot(weights, x[0], tile[0], input_precision=PRECISION)
+    first = _dot(weights, x[0], tile[0], PRECISION)
     second = tile[1]
     if D1:
-        second = tl.dot(weights, x[1], tile[1], input_precision=PRECISION)
+        second = _dot(weights, x[1], tile[1], PRECISION)
     return first, second
 
 
