@@ -123,14 +123,15 @@ def run_tests(job: Job, paths: Sequence[str] = TESTS) -> Result:
 
 
 def counts(junit: str) -> Result:
-    """How many tests passed and were skipped, and which failed, from pytest's report."""
+    """How many tests passed and were skipped, which failed and why, from pytest's report."""
     cases = list(ElementTree.fromstring(junit).iter("testcase"))
     cases = [case for case in cases if case.get("name")]  # an interrupted test has no name
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
+    failed = []
+    for case in cases:
+        faults = [*case.iter("failure"), *case.iter("error")]
+        if faults:
+            said = (faults[0].get("message") or "nothing was said").splitlines()[0]
+            failed.append(f"{case.get('classname')}::{case.get('name')}: {said}")
     skipped = sum(case.find("skipped") is not None for case in cases)
     return {
         "passed": len(cases) - len(failed) - skipped,

@@ -99,7 +99,7 @@ def test_skipped(): pass
 @pytest.mark.parametrize("n", [1, 2])
 def test_odd(n): assert n % 2
 @pytest.fixture
-def broken(): raise OSError
+def broken(): raise OSError("no such")
 def test_broken(broken): pass
 """
 
@@ -115,8 +115,9 @@ def test_tests_are_counted_and_named(tmp_path: Path, alone: None) -> None:
     path.write_text(TESTS)
     result = commands.run_tests(job(tmp_path), [str(path)])
     assert (result["passed"], result["skipped"], result["complete"]) == (2, 1, True)
-    names = [name.rpartition("::")[2] for name in result["failed"]]
-    assert names == ["test_odd[2]", "test_broken"]
+    told = [line.rpartition("::")[2] for line in result["failed"]]
+    assert told[0].startswith("test_odd[2]: assert")
+    assert told[1] == 'test_broken: failed on setup with "OSError: no such"'
     assert result["failures"] == result["failed"]
 
 
