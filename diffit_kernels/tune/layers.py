@@ -53,11 +53,17 @@ def _grid(**values: tuple[int, ...]) -> list[Config]:
     return [dict(zip(values, numbers, strict=True)) for numbers in product(*values.values())]
 
 
+def _tiles(*tiles: tuple[int, int, int, int]) -> list[Config]:
+    """From tiles of queries and keys, warps and stages."""
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return [dict(zip(names, tile, strict=True)) for tile in tiles]
+
+
 def _products() -> list[Config]:
+    """From tiles of rows, columns and sums, warps and stages."""
     tiles = [
-        *((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4)),
-        *((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-        *((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4)),
+        *((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3)),
+        *((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
     ]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return [{**dict(zip(names, tile, strict=True)), "GROUP": 8} for tile in tiles] + [CUBLASLT]
@@ -67,34 +73,28 @@ def candidates(kernel: str, itemsize: int) -> list[Config]:
     """The parameters that are tried."""
     half = itemsize == 2
     products = _products()
-    rows = _grid(ROWS=(1, 2, 4, 8, 16), num_warps=(2, 4, 8, 16))
+    rows = _grid(ROWS=(1, 2, 4), num_warps=(4, 8)) + _grid(ROWS=(16,), num_warps=(4, 8))
     return {
-        "small_forward": _grid(WINDOWS=(1, 2, 4, 8), num_warps=(1, 2, 4, 8), num_stages=(1,)),
-        "small_backward": _grid(WINDOWS=(1, 2, 4), num_warps=(1, 2, 4, 8), num_stages=(1, 2)),
-        "large_forward": _grid(
-            BLOCK_M=(64, 128) if half else (32, 64),
-            BLOCK_N=(32, 64, 128) if half else (32, 64),
-            num_warps=(4, 8),
-            num_stages=(2, 3) if half else (1, 2),
-        ),
-        "large_backward_q": _grid(
-            BLOCK_M=(64, 128) if half else (32, 64),
-            BLOCK_N=(32, 64),
-            num_warps=(4, 8),
-            num_stages=(2, 3) if half else (1, 2),
-        ),
-        "large_backward_kv": _grid(
-            BLOCK_M=(32, 64) if half else (16, 32),
-            BLOCK_N=(64, 128) if half else (32, 64),
-            num_warps=(4, 8),
-            num_stages=(2, 3) if half else (1, 2),
-        ),
-        "large_backward_table": _grid(
-            BLOCK_M=(64, 128) if half else (32, 64),
-            BLOCK_N=(32, 64),
-            num_warps=(4, 8),
-            num_stages=(1, 2),
-        ),
+        "small_forward": _grid(WINDOWS=(2, 4, 8), num_warps=(4, 8), num_stages=(1,))
+        + _grid(WINDOWS=(1,), num_warps=(2, 4), num_stages=(1,)),
+        "small_backward": _grid(WINDOWS=(1, 2, 4), num_warps=(4, 8), num_stages=(1,))
+        + _grid(WINDOWS=(1,), num_warps=(8,), num_stages=(2,)),
+        "large_forward": _tiles((128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (64, 32, 4, 2))
+        + _tiles((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2))
+        if half
+        else _tiles((64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+        "large_backward_q": _tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3))
+        + _tiles((64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2))
+        if half
+        else _tiles((16, 16, 8, 1), (32, 16, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+        "large_backward_kv": _tiles((64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3))
+        + _tiles((32, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2))
+        if half
+        else _tiles((16, 16, 8, 1), (16, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+        "large_backward_table": _tiles((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1))
+        + _tiles((64, 32, 4, 1), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2))
+        if half
+        else _tiles((32, 32, 4, 1), (32, 32, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1)),
         "mlp_gelu": products,
         "mlp_bias": products,
         "mlp_gelu_hidden": products,

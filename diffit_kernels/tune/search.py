@@ -53,6 +53,11 @@ class Budget:
         return now + self.longest < self.end
 
 
+def _print(line: str) -> None:
+    """At once, so that a run that is killed has shown what it found."""
+    print(line, flush=True)
+
+
 class Search:
     """Fills a table and writes it after every entry.
 
@@ -72,7 +77,7 @@ class Search:
         table: Table,
         kernels: Collection[str],
         budget: Budget,
-        report: Callable[[str], None] = print,
+        report: Callable[[str], None] = _print,
     ) -> None:
         self.machine = machine
         self.path = path
