@@ -17,6 +17,7 @@ from torch import Tensor
 
 INDEX = "dataset.json"
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+KEPT_BYTES = 2**30  # a set whose pixels take no more is decoded once: a GPU would wait for it
 
 
 class Dataset(Protocol):
@@ -70,17 +71,25 @@ class ImageDataset:
         labels = None if self.labels is None else self.labels.tolist()
         content = json.dumps([[(name, found[name]) for name in self.names], labels])
         self.fingerprint = sha256(content.encode()).hexdigest()
+        self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int) -> Tensor:
-        """(3, resolution, resolution), uint8.
+        """(3, resolution, resolution), uint8; not to be written to.
 
         Raises:
             ValueError: not such a picture, naming the file.
         """
-        name = self.names[index]
+        picture = self._kept.get(index)
+        if picture is None:
+            picture = self._decoded(self.names[index])
+            if len(self.names) * picture.numel() <= KEPT_BYTES:
+                self._kept[index] = picture
+        return picture
+
+    def _decoded(self, name: str) -> Tensor:
         try:
             with Image.open(io.BytesIO(self._bytes(name))) as picture:
                 mode, pixels = picture.mode, np.array(picture)
