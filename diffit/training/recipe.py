@@ -65,16 +65,15 @@ CIFAR10 = Recipe(
     augment=0.12,
 )
 FFHQ = replace(CIFAR10, batch_size=256, lr=2e-4, augment=0.15)
-# Ours, for two cores and 3,812 pictures.
+# Ours, for 3,812 pictures.
 EMOJI = replace(
     CIFAR10,
-    batch_size=16,
-    steps=4_000,
-    lr=5e-4,
-    lr_ramp=3_200,
-    ema_halflife=5_000.0,
+    batch_size=256,
+    steps=3_000,
+    lr_ramp=50_000,
+    ema_halflife=50_000.0,
     augment=0.0,
-    checkpoint_every=200,
+    checkpoint_every=500,
     snapshot_every=500,
 )
 # Their steps are those of the paper's comparison with DiT.
