@@ -134,18 +134,9 @@ struct alignas(8) Pair {
 };
 DEVICE Pair load_pair(Shared<float> at) { return load(at.template as<Pair>()); }
 
-// As blocks_at_once; on a GPU before Hopper three blocks of width 80 would spill registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <int D>
-constexpr int kv_blocks_at_once = D <= 64 ? 3 : 2;
-#else
-template <int D>
-constexpr int kv_blocks_at_once = blocks_at_once<D>;
-#endif
-
 // dK and dV of a tile of keys, with the logits transposed: (keys, queries).
 template <class T, int D>
-__global__ void __launch_bounds__(threads, kv_blocks_at_once<D>)
+__global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
     large_backward_kv(const WindowAttention p) {
     constexpr int N = backward_rows;
     const LargeWork work(p);
