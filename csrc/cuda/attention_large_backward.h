@@ -11,14 +11,16 @@
 
 namespace diffit::cuda {
 
-constexpr int backward_rows = 32;  // of the tiles that come one after another
+// Rows of the tiles that come one after another; fewer where shared memory is short.
+template <int D>
+constexpr int backward_rows = D <= 112 ? 32 : 16;
 
 // Slots of whole tiles.
 BOTH constexpr int padded_slots(int slots) { return (slots + block_rows - 1) / block_rows * block_rows; }
 
 template <int D>
 constexpr int large_backward_shared(int table_rows, int slots) {
-    return tile_size<D>(2 * block_rows + 4 * backward_rows) * 2 +
+    return tile_size<D>(2 * block_rows + 4 * backward_rows<D>) * 2 +
            (table_size(table_rows) + slots_size(slots)) * 4;
 }
 
@@ -32,7 +34,7 @@ constexpr int large_backward_kv_shared(int table_rows, int slots) {
 template <class T, int D>
 __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     large_backward_q(const WindowAttention p) {
-    constexpr int N = backward_rows;
+    constexpr int N = backward_rows<D>;
     const LargeWork work(p);
     const Window& window = work.window;
     const Head head(p, work.sample, work.head, window);
@@ -138,7 +140,7 @@ DEVICE Pair load_pair(Shared<float> at) { return load(at.template as<Pair>()); }
 template <class T, int D>
 __global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
     large_backward_kv(const WindowAttention p) {
-    constexpr int N = backward_rows;
+    constexpr int N = backward_rows<D>;
     const LargeWork work(p);
     const Window& window = work.window;
     const Head head(p, work.sample, work.head, window);
