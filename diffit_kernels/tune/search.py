@@ -167,8 +167,10 @@ class Search:
         listed = [other for other in self.table.cuda_is_faster if other != shape]
         self.table.cuda_is_faster[:] = sorted([*listed, shape] if faster else listed)
         write(self.path, self.table)
-        ratios = [f"{a / b:.2f}x" for a, b in zip(ours, theirs, strict=True)]
-        self.report(f"cuda {shape}: forward {ratios[0]}, backward {ratios[1]} (0: wrong) of triton")
+        forward, backward = (
+            f"{1e6 * b:.1f} us, {a / b:.2f}x" for a, b in zip(ours, theirs, strict=True)
+        )
+        self.report(f"cuda {shape}: forward {forward}, backward {backward} (0: wrong) of triton")
 
     def _configs(self, work: Pass) -> dict[str, Config]:
         """What is best known for each kernel of a pass."""
