@@ -69,8 +69,9 @@ struct LargeRows {
 // What all kernels find at the start: where a head of a sample is.
 struct Head {
     int64_t dim, row;  // row: of (B, C)
-    // Of slot 0.
-    const uint16_t *qkv, *grad_out;
+    // Of slot 0; q is with its row, where large_backward_q has been.
+    const uint16_t *qkv, *grad_out, *q;
+    int64_t q_stride;
     int64_t token;  // of all samples
     int64_t rows;   // in (B, heads, L)
 
@@ -81,6 +82,8 @@ struct Head {
               head * p.head_dim),
           grad_out(p.grad_out + sample * p.grad_out_stride_batch +
                    window.first * p.grad_out_stride_token + head * p.head_dim),
+          q(p.q ? p.q + (sample * tokens_of(p) + window.first) * dim + head * p.head_dim : qkv),
+          q_stride(p.q ? dim : p.qkv_stride_token),
           token(sample * tokens_of(p) + window.first),
           rows((sample * p.heads + head) * tokens_of(p) + window.first) {}
 };
@@ -101,7 +104,7 @@ DEVICE void copy_queries(Shared<uint16_t> to, const WindowAttention& p, const He
                          const Slots& slots, int first) {
     copy_tiles<D>(to, N, static_cast<int>(p.head_dim), [&](int row) {
         const int64_t offset = slots.nearest(first + row);
-        return TwoRows{head.qkv + offset * p.qkv_stride_token,
+        return TwoRows{head.q + offset * head.q_stride,
                        head.grad_out + offset * p.grad_out_stride_token, first + row < slots.count};
     });
 }

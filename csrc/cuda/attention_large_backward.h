@@ -30,7 +30,8 @@ constexpr int large_backward_kv_shared(int table_rows, int slots) {
 }
 
 // dQ of a tile of queries; their weight and delta; the tile's part of the gradients of the rows. It
-// goes through the keys twice: the first time for weight and delta.
+// goes through the keys twice: the first time for weight and delta. The other kernels need its
+// queries with their row again and again, so it writes them to p.q.
 template <class T, int D>
 __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     large_backward_q(const WindowAttention p) {
@@ -47,7 +48,10 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     load_table(table, p, work.head, window.table_rows());
     block_barrier();
 
-    copy_queries<D, block_rows>(q, p, head, slots, work.slot);
+    const LargeRows<const uint16_t> plain_q{slots, head.qkv, p.qkv_stride_token, work.slot},
+        rows_of_grad{slots, head.grad_out, p.grad_out_stride_token, work.slot};
+    copy_tile<D>(q, block_rows, head_dim, head.qkv, plain_q);
+    copy_tile<D>(grad, block_rows, head_dim, head.qkv, rows_of_grad);
     const int tiles = tiles_of(window, N);
     const auto place = [&](int step) { return keys + tile_size<D>(step % 2 * 2 * N); };
     const auto copy = [&](int step) {
@@ -57,7 +61,12 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     copy(0);
     copy(1);
     wait_for_copies<1>();
-    if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
+    if (p.q_row) {
+        add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
+        store_own<D>(q, block_rows, head_dim,
+                     LargeRows<uint16_t>{slots, p.q + head.token * head.dim + work.head * head_dim,
+                                         head.dim, work.slot});
+    }
     block_barrier();
     const OwnRows<D> own_q(q + own * row_stride<D>);
 
@@ -138,7 +147,7 @@ DEVICE Pair load_pair(Shared<float> at) { return load(at.template as<Pair>()); }
 
 // dK and dV of a tile of keys, with the logits transposed: (keys, queries).
 template <class T, int D>
-__global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(threads, blocks_at_once<D>)
     large_backward_kv(const WindowAttention p) {
     constexpr int N = backward_rows<D>;
     const LargeWork work(p);
@@ -177,9 +186,8 @@ __global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
     const int tiles = tiles_of(window, N);
     for (int tile = 0; tile < tiles; ++tile) {
         wait_for_copies<1>();
-        const auto q = place(tile), grad = q + tile_size<D>(N);
-        if (p.q_row) add_row<T, D>(q, N, head_dim, p.q_row + head.row);
         block_barrier();
+        const auto q = place(tile), grad = q + tile_size<D>(N);
         float s[N / 8][4], ds[N / 8][4];
         product<T, N, D>(s, k + own * row_stride<D>, q);
         add_bias<true>(s, static_cast<float>(p.scale), window, p.table, table, work.slot + own,
@@ -267,7 +275,6 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
                 of_row[2][r] = live ? p.delta[at] : 0;
             }
             wait_for_copies<0>();
-            if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
             block_barrier();
             float s[N / 8][4], ds[N / 8][4];
             product<T, N, D>(s, q + own * row_stride<D>, k);

@@ -34,6 +34,7 @@ struct WindowAttention {
     // Filled in by the launchers.
     int64_t splits, steps;       // parts of a sample, and what each of them does one after another
     float *weight, *delta;       // (B, heads, L): 1 / sum of a row, and rowsum(P dP)
+    uint16_t* q;                 // (B, L, C): q + q_row, null without q_row
     float* table_part;           // (heads, parts, table rows) or null
     float *q_part, *v_part;      // (B, parts, C) or null
 };

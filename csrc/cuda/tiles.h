@@ -106,6 +106,17 @@ DEVICE void add_row(Shared<uint16_t> tile, int rows, int head_dim, const uint16_
     });
 }
 
+// Writes what add_row has left in a tile to memory: row r to to(r), unless that is null.
+template <int D, class To>
+DEVICE void store_own(Shared<uint16_t> tile, int rows, int head_dim, const To& to) {
+    for_own_units<D>(rows, [&](int row, int column) {
+        uint16_t* target = to(row);
+        if (target && column < head_dim)
+            *reinterpret_cast<Chunk*>(target + column) =
+                load((tile + (row * row_stride<D> + column)).template as<Chunk>());
+    });
+}
+
 // Rounds an accumulator (16, D) of the warp to 16 rows of a tile.
 template <class T, int D>
 DEVICE void store_halves(Shared<uint16_t> tile, const float (&x)[D / 8][4]) {

@@ -58,10 +58,11 @@ struct Plan {
     // Gives each part of the workspace its place; returns the numbers in all of them.
     int64_t divide_workspace() {
         int64_t used = 0;
-        const auto take = [&](float*& part, bool wanted, int64_t size) {
-            part = wanted ? p.workspace + used : nullptr;
+        const auto take = [&](auto*& part, bool wanted, int64_t size) {
+            part = wanted ? reinterpret_cast<decltype(part + 0)>(p.workspace + used) : nullptr;
             used += wanted ? size : 0;
         };
+        take(p.q, !small && p.q_row, (p.batch * tokens * dim_of(p) + 1) / 2);  // first: it is aligned
         take(p.weight, !small, p.batch * p.heads * tokens);
         take(p.delta, !small, p.batch * p.heads * tokens);
         take(p.table_part, p.grad_table, p.heads * table_parts * table_rows);

@@ -39,7 +39,7 @@ class Problem(ctypes.Structure):
         ("_steps", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
-            for name in ("_weight", "_delta", "_table_part", "_q_part", "_v_part")
+            for name in ("_weight", "_delta", "_q", "_table_part", "_q_part", "_v_part")
         ),
     ]
 
