@@ -190,8 +190,10 @@ def _config(
     d1 = max(16, triton.next_power_of_2(width - d0)) if width > d0 else 0
     if d0 == d1:
         d0, d1 = 2 * d0, 0
+    # Wider heads would spill, and in two chunks came out wrong on an H200 (Triton 3.6).
     tf32 = (
         problem.dtype == torch.float32
+        and width <= 32
         and torch.backends.cuda.matmul.fp32_precision == "tf32"
         and torch.version.hip is None
     )

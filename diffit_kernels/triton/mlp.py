@@ -30,7 +30,7 @@ _CUBIC = tl.constexpr(0.044715)
 _LN2 = tl.constexpr(math.log(2))
 
 # Of the elementwise kernels: whole lines of memory, few enough numbers for registers.
-_TILE: Config = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+_TILE: Config = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
 
 
 @triton.jit
