@@ -70,6 +70,8 @@ def find_network(preset: str | None, weights: str | None) -> Found:
     path = find_weights(weights, known.options.get("input_size", 32) if known else 32)
     network, noted = load_model(path)
     require_finite(network, str(path))
+    if isinstance(network, ImageNetwork):
+        network.float()  # half precision halves the file; it is not how the network is run
     if preset is None:
         preset = noted or _published_preset(network, path)
         get_preset(preset)

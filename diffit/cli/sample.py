@@ -69,7 +69,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, seeds: str) -> None:
         help="guide with that weight between these noise levels (edm) or time steps only",
     )
     add("--vae", metavar="SOURCE", help="decoder of latent networks: a folder or a repository")
-    add("--dtype", choices=DTYPES, help="of the network; default: that of its weights")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the network; default: float32 for image networks, else that of its weights",
+    )
     add("--device", help="default: cuda where there is one, else cpu")
     add(
         "--batch-size",

@@ -130,11 +130,12 @@ def test_all_kinds_of_networks(tmp_path: Path, capsys: Any) -> None:
         assert Image.open(out).size == (8, 4)
 
 
-def test_random_weights_say_so(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("diffit.cli.networks.SHIPPED", tmp_path)
+def test_random_weights_say_so(tmp_path: Path, capsys: Any) -> None:
+    """Where none come with the project."""
     out = tmp_path / "a.png"
-    assert main(["sample", "--preset", PRESET, "--steps", "1", "--out", str(out)]) == 0
-    assert "no weights for diffit_emoji_32: the network is random" in capsys.readouterr().out
+    preset = "diffit_emoji_32_time_mlp"
+    assert main(["sample", "--preset", preset, "--steps", "1", "--out", str(out)]) == 0
+    assert f"no weights for {preset}: the network is random" in capsys.readouterr().out
 
 
 def command(weights: Path, out: Path, *arguments: str) -> list[str]:
