@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
               items = static_cast<int>(p.batch) * windows;  // fewer than blocks of the other kernels
     const int split = static_cast<int>(block_index() / q_tiles % splits);
     const int64_t head_index = block_index() / q_tiles / splits;
-    const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
+    const int own = 16 * warp();
     const auto table = shared_memory<float>(), sums = table + table_size(table_rows);
     const Slots slots((sums + table_size(table_rows)).template as<int>(), shape);
     const auto q = (slots.offsets + slots_size(slots.count)).template as<uint16_t>(),
