@@ -197,11 +197,11 @@ def test_cublaslt(
 
 
 def launches(entries: list[Entry]) -> dict[str, Callable[[], None]]:
-    """A call, forward and backward, for every entry of a table; sums are over no whole tiles."""
+    """A call for every entry of a table that names tiles; sums are over no whole ones."""
     dtypes = {2: torch.bfloat16, 4: torch.float32}
     calls = {}
     for entry in entries:
-        if (kernel := entry["kernel"]) in KERNELS:
+        if (kernel := entry["kernel"]) in KERNELS and entry["parameters"] != CUBLASLT:
             rows, features, dtype = entry["rows"], entry["features"], dtypes[entry["itemsize"]]
             hidden, out = (4624, features) if kernel == "mlp_bias" else (features, 1168)
             case = MLPCase((rows, 1168), hidden, out, dtype)
@@ -242,4 +242,4 @@ def test_every_target() -> None:
 
     products = [result for result in compiled if result["target"] == "sm_90"]
     for result in products:
-        assert result["hgmma"] == ("elementwise" not in result["call"]), result
+        assert result["hgmma"] != result["kernel"].startswith("activate"), result
