@@ -14,11 +14,10 @@ from diffit_kernels.triton import attention_small as small
 from diffit_kernels.triton import attention_tiles as tiles
 from diffit_kernels.triton.configs import Config, Configs, Entry, nearest
 
-# Slots of a window up to which a program holds it whole: 64 x 64 logits fit in registers. A head's
-# part of q has to be small as well; the backward pass, which holds sums of two such tiles besides,
-# is content with half of these bytes.
+# Slots of a window, and bytes of a head's part of q, up to which a program holds a window whole:
+# 64 x 64 logits fit in registers, and so do the sums of two tiles besides in the backward pass.
 _SMALL = 64
-_SMALL_BYTES = 16384
+_SMALL_BYTES = 8192
 
 # Programs that keep any GPU busy, where work may be cut at will. The same on every device, so that
 # the sums are.
@@ -80,7 +79,7 @@ def window_attention_backward(
     slots = problem.window_size[0] * _row(problem)
     size = slots * problem.head_dim * qkv.itemsize
     with torch.cuda.device_of(qkv):
-        if slots <= _SMALL and size <= _SMALL_BYTES // 2:
+        if slots <= _SMALL and size <= _SMALL_BYTES:
             table = _scaled_table(rel_pos_table)
             sums = _small_backward(
                 problem, grad_out, qkv, table, q_row, v_row, grad_qkv, scale, configs
