@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,3 +43,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             save_file(dict(tensors), temporary, dict(metadata))
     except SafetensorError as error:  # a full disk, for example
         raise OSError(f"{path}: could not be written: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file; of a folder: of the names and contents of its files."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for file_path in sorted(child for child in path.rglob("*") if child.is_file()):
+        name = file_path.relative_to(path).as_posix()
+        whole.update(f"{name}\n{sha256_of(file_path)}\n".encode())
+    return whole.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -281,16 +280,6 @@ def _manifest(
 
 
 def _file(path: Path, count: int | None) -> dict[str, Any]:
+    from diffit.files import sha256_of
+
     return {"path": str(path), "sha256": sha256_of(path), "count": count}
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file; of a folder: of the names and contents of its files."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    whole = hashlib.sha256()
-    for file_path in sorted(child for child in path.rglob("*") if child.is_file()):
-        name = file_path.relative_to(path).as_posix()
-        whole.update(f"{name}\n{sha256_of(file_path)}\n".encode())
-    return whole.hexdigest()

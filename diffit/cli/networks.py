@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from diffit.files import sha256_of
 from diffit.models import (
     DiffusionNetwork,
     ImageNetwork,
@@ -77,9 +77,7 @@ def find_network(preset: str | None, weights: str | None) -> Found:
         get_preset(preset)
     elif known is not None:
         _require_fit(network, preset, known, path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Found(network, preset, digest)
+    return Found(network, preset, sha256_of(path))
 
 
 def image_size(network: DiffusionNetwork) -> int:

@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, required=True, help="folder of the run")
     add(
+        "--init",
+        metavar="WEIGHTS",
+        help="begin with these: a file, a folder or the id of a repository on the hub",
+    )
+    add(
         "--steps",
         type=positive_int,
         metavar="N",
@@ -42,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of a step, over all processes",
     )
     add("--lr", type=positive_number, help="learning rate")
+    add("--lr-ramp", type=positive_int, metavar="N", help="images over which it rises from 0")
     add("--checkpoint-every", type=positive_int, metavar="N", help="steps between checkpoints")
     add(
         "--snapshot-every",
@@ -81,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     from diffit.ranks import ranks
     from diffit.training import Running, Trainer, get_recipe
 
-    overrides = ("steps", "batch_size", "lr", "checkpoint_every", "snapshot_every")
+    overrides = ("steps", "batch_size", "lr", "lr_ramp", "checkpoint_every", "snapshot_every")
     given = {name: getattr(arguments, name) for name in overrides}
     recipe = replace(
         get_recipe(arguments.preset), **{k: v for k, v in given.items() if v is not None}
@@ -112,6 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             running=running,
             ranks=peers,
+            init=arguments.init,
             draw=None if sampling.sampler != "edm" else lambda n, path: _draw(n, sampling, path),
         )
         try:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
+from diffit.files import sha256_of
 from diffit.ranks import Ranks
 
 MANIFEST = "manifest.json"
@@ -135,7 +135,7 @@ class Checkpoints:
         mine = [*path.glob(f"__{self.ranks.rank}_*")]
         if self.ranks.first:
             mine.append(path / ".metadata")
-        return {file.name: _digest(file) for file in mine}
+        return {file.name: sha256_of(file) for file in mine}
 
     def _delete_old(self) -> None:
         losses = {}
@@ -172,14 +172,9 @@ def _why_broken(path: Path) -> str | None:
     for name, digest in digests.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _digest(path / name) != digest:
+        if sha256_of(path / name) != digest:
             return f"{name} does not have the SHA-256 of the manifest"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

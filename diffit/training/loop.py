@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from diffit.data.dataset import Dataset
 from diffit.data.order import stream_seed
-from diffit.files import replacing
+from diffit.files import replacing, sha256_of
 from diffit.models import DiffusionNetwork, create_model, get_preset, save_weights
+from diffit.models.weights import find_weights, require_finite
 from diffit.ranks import Ranks
 from diffit.training.batches import Batches, ahead
 from diffit.training.checkpoint import Checkpoints
@@ -81,11 +82,12 @@ class Trainer:
         seed: of everything.
         running: how.
         ranks: the processes.
+        init: weights to begin with, as for ``from_pretrained``; None: random ones.
         draw: called with every snapshot; None: no pictures.
 
     Raises:
         ValueError: arguments that do not fit one another, or a folder with another run.
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to, ``init`` cannot be found.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Trainer:
         seed: int,
         running: Running,
         ranks: Ranks,
+        init: str | None = None,
         draw: Draw | None = None,
     ) -> None:
         if recipe.batch_size % ranks.size:
@@ -107,13 +110,16 @@ class Trainer:
             )
         self.preset, self.recipe, self.running, self.ranks = preset, recipe, running, ranks
         self.out, self.seed, self._draw = out, seed, draw
+        torch.manual_seed(stream_seed(seed, "weights"))
+        source, state = _weights(preset, init) if init is not None else (None, None)
         if ranks.first:
-            self._claim_folder(dataset)
+            self._claim_folder(dataset, source)
         ranks.all(None)
 
         torch.set_float32_matmul_precision("high" if running.tf32 else "highest")
-        torch.manual_seed(stream_seed(seed, "weights"))
         self.network = create_model(preset).train().to(running.device)
+        if state is not None:
+            self.network.load_state_dict(state)
         self.network.set_grad_checkpointing(running.grad_checkpointing)
         self.objective = objective_of(self.network, get_preset(preset).sampling)
         self.batches = Batches(
@@ -278,13 +284,14 @@ class Trainer:
         self._say(f"going on from step {step}")
         return step
 
-    def _claim_folder(self, dataset: Dataset) -> None:
+    def _claim_folder(self, dataset: Dataset, source: Path | None) -> None:
         """Note what the run is; refuse to mix it with another, and data that cannot be read."""
         identity = {
             "preset": self.preset,
             "data": dataset.fingerprint,
             "seed": self.seed,
             "batch_size": self.recipe.batch_size,
+            "init": None if source is None else sha256_of(source),
         }
         path = self.out / RUN
         if path.exists():
@@ -328,6 +335,15 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.ranks.first:
             tqdm.write(text)
+
+
+def _weights(preset: str, source: str) -> tuple[Path, dict[str, Tensor]]:
+    """The file and its tensors, as the network of the preset takes them."""
+    known = get_preset(preset)
+    path = find_weights(source, known.options.get("input_size", 32))
+    network = known.network.from_pretrained(path, **known.options)
+    require_finite(network, str(path))
+    return path, network.state_dict()
 
 
 class _Speed:

@@ -20,7 +20,7 @@ from PIL import Image
 
 import diffit
 from diffit.cli import main
-from diffit.cli.evaluate import sha256_of
+from diffit.files import sha256_of
 from tests.diffit.cli.test_sample import PRESET
 
 EMOJI = Path(__file__).parents[3] / "examples/data/emoji32.zip"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffit.cli import main
-from diffit.cli.evaluate import sha256_of
 from diffit.cli.networks import SHIPPED, find_network
+from diffit.files import sha256_of
 from diffit.models import create_model
 from tests.diffit.cli.test_sample import PRESET
 

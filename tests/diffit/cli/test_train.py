@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from diffit.cli import main
-from diffit.models import load_model
+from diffit.cli.networks import SHIPPED
+from diffit.models import load_model, save_weights
 from tests.diffit.training.tiny import (
     IMAGE,
     LATENT,
@@ -70,6 +72,20 @@ def test_latents(train: Train, tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "snapshots").glob("*.png"))
 
 
+def test_begins_with_weights(train: Train, tmp_path: Path, capsys: Any) -> None:
+    """In half precision; a folder takes no others than those it began with."""
+    assert train() == 0
+    first, again = tmp_path / "half.safetensors", tmp_path / "again"
+    network, _ = load_model(tmp_path / "run" / "weights.safetensors")
+    save_weights(network.bfloat16(), first, preset=IMAGE)
+    assert train(out=again, init=first, lr=1e-12, lr_ramp=1) == 0
+    tuned = load_model(again / "weights.safetensors")[0].state_dict()
+    for name, tensor in network.state_dict().items():
+        assert tuned[name].dtype == torch.float32
+        assert tuned[name].allclose(tensor.float(), rtol=0, atol=1e-9), name
+    assert "holds another run (init" in wrong(capsys, train(out=again))
+
+
 def test_every_option(train: Train, tmp_path: Path) -> None:
     options = {"lr": 0.01, "seed": 1, "micro_batch": 3, "dtype": "bfloat16", "keep": 1}
     flags = {"tf32": True, "grad_checkpointing": True, "checkpoint_every": 1}
@@ -97,6 +113,8 @@ def wrong(capsys: Any, code: int) -> str:
         ({"preset": "tiny_emoji_"}, "the nearest is 'tiny_emoji'"),
         ({"data": "missing.zip"}, "missing.zip: no such file or folder"),
         ({"preset": LATENT}, "expected a folder of latents"),
+        ({"init": "missing.safetensors"}, "missing.safetensors: no such file"),
+        ({"init": SHIPPED / "diffit_emoji_32.safetensors"}, "does not fit"),
         ({"device": "none"}, "--device: none cannot be used here"),
     ],
 )
