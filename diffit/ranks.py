@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,4 +66,8 @@ def ranks(backend: str = "gloo") -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), size)
     finally:
+        # A thread of gloo lets go of its last tensors once Python's lock is free, and a group that
+        # is deleted waits for that thread with the lock held: without this pause about one
+        # run in a hundred never ended.
+        time.sleep(0.1)
         dist.destroy_process_group()
