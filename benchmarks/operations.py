@@ -148,7 +148,7 @@ def _attention(
     grad: Tensor,
 ) -> list[Contestant]:
     """The truth, ours and the peers; leaves are qkv, the table and the row of each sample."""
-    attn, dim = block.attn, problem.dim
+    attn = block.attn
     assert attn.qkv_temb is not None
     with torch.no_grad():
         qkv = linear(x, attn.qkv.weight)
@@ -157,14 +157,15 @@ def _attention(
     gflop = _gflop(problem, products=0)
 
     def ours(qkv: Tensor, table: Tensor, row: Tensor) -> Tensor:
+        q_row, _, v_row = row.chunk(3, dim=1)
         return window_attention(
             qkv,
             table,
             num_heads=problem.num_heads,
             window_size=problem.window_size,
             grid_size=problem.grid_size,
-            q_row=row[:, :dim],
-            v_row=row[:, 2 * dim :],
+            q_row=q_row,
+            v_row=v_row,
         )
 
     def contestant(

@@ -38,7 +38,7 @@ diffit::WindowAttention problem(const Shape& shape, double scale) {
 
 void window_attention(const Shape& shape, double scale, Address qkv, int64_t qkv_stride_batch,
                       int64_t qkv_stride_token, Address table, Address q_row, Address v_row,
-                      Address out, Address lse) {
+                      int64_t row_stride_batch, Address out, Address lse) {
     diffit::WindowAttention p = problem(shape, scale);
     p.qkv = pointer<void>(qkv);
     p.qkv_stride_batch = qkv_stride_batch;
@@ -46,6 +46,7 @@ void window_attention(const Shape& shape, double scale, Address qkv, int64_t qkv
     p.table = pointer<float>(table);
     p.q_row = pointer<void>(q_row);
     p.v_row = pointer<void>(v_row);
+    p.row_stride_batch = row_stride_batch;
     p.out = pointer<void>(out);
     p.lse = pointer<float>(lse);
     diffit::window_attention(p, static_cast<int>(shape[8]));
@@ -53,15 +54,16 @@ void window_attention(const Shape& shape, double scale, Address qkv, int64_t qkv
 
 void window_attention_backward(const Shape& shape, double scale, Address qkv,
                                int64_t qkv_stride_batch, int64_t qkv_stride_token, Address table,
-                               Address q_row, Address grad_out, int64_t grad_out_stride_batch,
-                               int64_t grad_out_stride_token, Address grad_qkv,
-                               Address grad_table) {
+                               Address q_row, int64_t row_stride_batch, Address grad_out,
+                               int64_t grad_out_stride_batch, int64_t grad_out_stride_token,
+                               Address grad_qkv, Address grad_table) {
     diffit::WindowAttention p = problem(shape, scale);
     p.qkv = pointer<void>(qkv);
     p.qkv_stride_batch = qkv_stride_batch;
     p.qkv_stride_token = qkv_stride_token;
     p.table = pointer<float>(table);
     p.q_row = pointer<void>(q_row);
+    p.row_stride_batch = row_stride_batch;
     p.grad_out = pointer<void>(grad_out);
     p.grad_out_stride_batch = grad_out_stride_batch;
     p.grad_out_stride_token = grad_out_stride_token;

@@ -62,9 +62,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 class AttentionCase:
     """``window_attention`` on ``windows`` (down, across) windows of random numbers.
 
-    ``scale`` is in units of head_dim ** -0.5. With ``constant`` all tokens of a sample are equal,
-    with ``strided`` the table and the rows are views with gaps. The operator runs on ``device``,
-    what it is compared with on the CPU.
+    ``scale`` is in units of head_dim ** -0.5. With ``constant`` all tokens of a sample are equal.
+    The rows are parts of one projection; with ``strided`` they and the table are views with gaps
+    between all numbers. The operator runs on ``device``, what it is compared with on the CPU.
     """
 
     window: tuple[int, int]
@@ -113,7 +113,8 @@ class AttentionCase:
         if self.constant:
             qkv = qkv[:, :1].repeat(1, problem.tokens, 1)
         table = uniform(problem.table_rows, self.heads).to(problem.table_dtype)
-        q_row, v_row = (uniform(self.batch, problem.dim).to(self.dtype) for _ in range(2))
+        q_row, k_row, v_row = uniform(self.batch, 3 * problem.dim).to(self.dtype).chunk(3, dim=1)
+        k_row.fill_(torch.nan)
         if self.strided:
             table, q_row, v_row = map(with_gaps, (table, q_row, v_row))
         return {

@@ -17,8 +17,9 @@ struct WindowAttention {
     const void* qkv;  // (B, L, 3C), last stride 1, other strides in elements
     int64_t qkv_stride_batch, qkv_stride_token;
     const float* table;  // ((2 wh - 1)(2 ww - 1), heads) or null
-    const void* q_row;   // (B, C) or null
-    const void* v_row;   // (B, C) or null
+    const void* q_row;   // (B, C) or null, last stride 1
+    const void* v_row;   // (B, C) or null, last stride 1
+    int64_t row_stride_batch;
 
     void* out;   // (B, L, C)
     float* lse;  // (B, heads, L)

@@ -242,7 +242,7 @@ struct Operands {
     void pack(const WindowAttention& p, const Sizes<E>& s, const Group& group) const {
         const T* q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
         const float scale = static_cast<float>(p.scale * log2_e);
-        load_row<T>(q_row, p.q_row, group.sample * p.dim() + group.column, p.group * s.d);
+        load_row<T>(q_row, p.q_row, group.sample * p.row_stride_batch + group.column, p.group * s.d);
         for (int r = 0; r < s.M; ++r) {
             const T* row = q + layout.token[r] * p.qkv_stride_token;
             queries.convert(r, row, q_row, scale, p.group, s.d);
@@ -337,7 +337,7 @@ struct Forward {
         f.o.layout.fill(p);
         for_each_window(p, item, [&](const Group& group) {
             f.o.template pack<T>(p, f.s, group);
-            load_row<T>(f.v_row, p.v_row, group.sample * p.dim() + group.column, p.group * f.s.d);
+            load_row<T>(f.v_row, p.v_row, group.sample * p.row_stride_batch + group.column, p.group * f.s.d);
             Ahead ahead(static_cast<int>(p.group), (f.s.M + NQ - 1) / NQ);
             for (int64_t h = 0; h < p.group; ++h) f.run(p, group, h, ahead);
         });

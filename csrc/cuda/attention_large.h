@@ -68,7 +68,7 @@ struct LargeRows {
 
 // What all kernels find at the start: where a head of a sample is.
 struct Head {
-    int64_t dim, row;  // row: of (B, C)
+    int64_t dim, row;  // row: in q_row and v_row
     // Of slot 0; q is with its row, where large_backward_q has been.
     const uint16_t *qkv, *grad_out, *q;
     int64_t q_stride;
@@ -77,7 +77,7 @@ struct Head {
 
     DEVICE Head(const WindowAttention& p, int64_t sample, int64_t head, const Window& window)
         : dim(dim_of(p)),
-          row(sample * dim + head * p.head_dim),
+          row(sample * p.row_stride_batch + head * p.head_dim),
           qkv(p.qkv + sample * p.qkv_stride_batch + window.first * p.qkv_stride_token +
               head * p.head_dim),
           grad_out(p.grad_out + sample * p.grad_out_stride_batch +

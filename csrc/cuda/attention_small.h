@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
                          SmallRows<const uint16_t>{token_of, qkv + part * dim, p.qkv_stride_token});
         commit_copies();
         wait_for_copies<0>();
-        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * dim + column);
+        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
         block_barrier();
 
         const int keys = own / N * N * row_stride<D>;  // of the window of this warp
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
         accumulate<T, N, D>(o, s, v + keys);
         const float inverse[2] = {1 / total[0], 1 / total[1]};
         scale_rows(o, inverse);
-        if (p.v_row) add_to_rows<T, D>(o, p.v_row + work.sample * dim + column, head_dim);
+        if (p.v_row) add_to_rows<T, D>(o, p.v_row + work.sample * p.row_stride_batch + column, head_dim);
 
         warp_barrier();  // the queries of this warp are read
         store_rows<T, D>(q + own * row_stride<D>, o, head_dim,
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
                      SmallRows<const uint16_t>{token_of, grad_out, p.grad_out_stride_token});
         commit_copies();
         wait_for_copies<0>();
-        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * dim + column);
+        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
         block_barrier();
 
         // The window of this warp: its first row, and the queries of this warp in it.

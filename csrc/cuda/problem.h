@@ -17,8 +17,9 @@ struct WindowAttention {
     const uint16_t* qkv;  // (B, L, 3C), last stride 1
     int64_t qkv_stride_batch, qkv_stride_token;
     const float* table;     // (heads, (2 wh - 1)(2 ww - 1)) or null
-    const uint16_t* q_row;  // (B, C) or null
-    const uint16_t* v_row;  // (B, C) or null
+    const uint16_t* q_row;  // (B, C) or null, last stride 1
+    const uint16_t* v_row;  // (B, C) or null, last stride 1
+    int64_t row_stride_batch;
 
     uint16_t* out;  // (B, L, C)
     float* lse;     // (B, heads, L)

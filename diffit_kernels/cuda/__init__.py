@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffit_kernels import triton
 from diffit_kernels.cuda.library import Library, Problem, load
+from diffit_kernels.layout import equally_spaced
 from diffit_kernels.problem import Problem as AnyProblem
 from diffit_kernels.problem import WindowAttentionProblem
 from diffit_kernels.triton.configs import table_of
@@ -86,13 +87,13 @@ def window_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    qkv, q_row, v_row = _aligned(qkv), _packed(q_row), _packed(v_row)
+    qkv, (q_row, v_row, row_stride) = _aligned(qkv), _rows(q_row, v_row)
     table = _by_heads(rel_pos_table)
     out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
     lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=torch.float32)
     library = _loaded()
     with torch.cuda.device_of(qkv):
-        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, lse)
+        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, row_stride, lse)
         arguments.out = out.data_ptr()
         library.window_attention(arguments, _stream(qkv))
     return out, lse
@@ -110,7 +111,7 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
     qkv, grad_out, lse = _aligned(qkv), _aligned(grad_out), lse.contiguous()
-    q_row, v_row = _packed(q_row), _packed(v_row)
+    q_row, v_row, row_stride = _rows(q_row, v_row)
     table = _by_heads(rel_pos_table)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     grad_table, grad_q_row, grad_v_row = (
@@ -118,7 +119,7 @@ def window_attention_backward(
     )
     library = _loaded()
     with torch.cuda.device_of(qkv):
-        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, lse)
+        arguments = _arguments(problem, scale, qkv, table, q_row, v_row, row_stride, lse)
         arguments.grad_out = grad_out.data_ptr()
         arguments.grad_out_stride_batch, arguments.grad_out_stride_token, _ = grad_out.stride()
         arguments.grad_qkv = grad_qkv.data_ptr()
@@ -147,13 +148,14 @@ def _arguments(
     table: Tensor | None,
     q_row: Tensor | None,
     v_row: Tensor | None,
+    row_stride: int,
     lse: Tensor,
 ) -> Problem:
     return Problem(
         *(problem.batch, *problem.grid_size, *problem.window_size),
         *(problem.num_heads, problem.head_dim, _DTYPES[problem.dtype], _BLOCKS, scale),
         *(qkv.data_ptr(), qkv.stride(0), qkv.stride(1)),
-        *(_pointer(table), _pointer(q_row), _pointer(v_row)),
+        *(_pointer(table), _pointer(q_row), _pointer(v_row), row_stride),
         lse=lse.data_ptr(),
     )
 
@@ -165,19 +167,16 @@ def _pointer(x: Tensor | None) -> int | None:
 def _aligned(x: Tensor) -> Tensor:
     """(B, L, C) whose rows are whole units of 16 bytes: as it is, or a copy."""
     unit = 16 // x.itemsize
-    strides_fit = all(
-        stride % unit == 0
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-        if size > 1
-    )
-    if x.stride(-1) == 1 and strides_fit and x.data_ptr() % 16 == 0:
+    *strides, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _packed(x: Tensor | None) -> Tensor | None:
-    """Contiguous, from a multiple of 16 bytes on."""
-    return None if x is None else _aligned(x.contiguous())
+def _rows(q_row: Tensor | None, v_row: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """The same of rows (B, C), and how far apart they lie."""
+    q_row, v_row = (None if row is None else _aligned(row) for row in (q_row, v_row))
+    return equally_spaced(q_row, v_row)
 
 
 def _by_heads(table: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffit_kernels.layout import channels_contiguous, equally_spaced
 from diffit_kernels.problem import (
     AddLayerNormProblem,
     MLPProblem,
@@ -83,10 +84,6 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _optional(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -116,8 +113,8 @@ def window_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    qkv = _rows_contiguous(qkv)
-    rel_pos_table, q_row, v_row = map(_optional, (rel_pos_table, q_row, v_row))
+    qkv, rel_pos_table = channels_contiguous(qkv), _optional(rel_pos_table)
+    q_row, v_row, row_stride = equally_spaced(q_row, v_row)
     out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
     lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=problem.table_dtype)
     _module.window_attention(
@@ -129,6 +126,7 @@ def window_attention(
         _pointer(rel_pos_table),
         _pointer(q_row),
         _pointer(v_row),
+        row_stride,
         out.data_ptr(),
         lse.data_ptr(),
     )
@@ -146,8 +144,9 @@ def window_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
-    qkv, grad_out = _rows_contiguous(qkv), _rows_contiguous(grad_out)
-    rel_pos_table, q_rows = map(_optional, (rel_pos_table, q_row))
+    qkv, grad_out = channels_contiguous(qkv), channels_contiguous(grad_out)
+    rel_pos_table = _optional(rel_pos_table)
+    q_row, _, row_stride = equally_spaced(q_row, None)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     grad_table = None if rel_pos_table is None else torch.empty_like(rel_pos_table)
     _module.window_attention_backward(
@@ -157,7 +156,8 @@ def window_attention_backward(
         qkv.stride(0),
         qkv.stride(1),
         _pointer(rel_pos_table),
-        _pointer(q_rows),
+        _pointer(q_row),
+        row_stride,
         grad_out.data_ptr(),
         grad_out.stride(0),
         grad_out.stride(1),

@@ -90,14 +90,15 @@ def tmsa(
             require_like(name, tensor, tensor.dtype if autocast.is_active(x) else x.dtype, x)
             require_shape(name, tensor, shape)
     row = _row(batch, temb, row, qkv_bias, temb_weight, temb_bias)
+    q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
     out = window_attention(
         linear(x, qkv_weight),
         rel_pos_table,
         num_heads=num_heads,
         window_size=window_size,
         grid_size=grid_size,
-        q_row=None if row is None else row[:, :dim],
-        v_row=None if row is None else row[:, 2 * dim :],
+        q_row=q_row,
+        v_row=v_row,
         scale=scale,
     )
     return linear(out, proj_weight, proj_bias)

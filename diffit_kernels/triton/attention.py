@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from diffit_kernels.layout import channels_contiguous, equally_spaced
 from diffit_kernels.problem import WindowAttentionProblem
 from diffit_kernels.triton import attention_large as large
 from diffit_kernels.triton import attention_small as small
@@ -38,14 +39,14 @@ def window_attention(
     configs: Configs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
-    qkv = _rows_contiguous(qkv)
-    q_row, v_row = _contiguous(q_row), _contiguous(v_row)
+    qkv, (q_row, v_row, row_stride) = channels_contiguous(qkv), equally_spaced(q_row, v_row)
     out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
     lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=torch.float32)
     windows = problem.batch * problem.windows
     arguments = (
         *(qkv, _scaled_table(rel_pos_table), q_row, v_row, out, lse),
-        *(qkv.stride(0), qkv.stride(1), problem.tokens, problem.grid_size[1], problem.num_heads),
+        *(qkv.stride(0), qkv.stride(1), row_stride),
+        *(problem.tokens, problem.grid_size[1], problem.num_heads),
     )
     block = _block(problem.window_tokens)
     with torch.cuda.device_of(qkv):
@@ -73,8 +74,9 @@ def window_attention_backward(
     configs: Configs | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
-    qkv, grad_out = _rows_contiguous(qkv), _rows_contiguous(grad_out)
-    q_row, v_row = _contiguous(q_row), _contiguous(v_row)
+    qkv, grad_out = channels_contiguous(qkv), channels_contiguous(grad_out)
+    q_row, v_row, row_stride = equally_spaced(q_row, v_row)
+    strides = (grad_out.stride(0), grad_out.stride(1), qkv.stride(0), qkv.stride(1), row_stride)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     slots = problem.window_size[0] * _row(problem)
     size = slots * problem.head_dim * qkv.itemsize
@@ -82,13 +84,14 @@ def window_attention_backward(
         if slots <= _SMALL and size <= _SMALL_BYTES:
             table = _scaled_table(rel_pos_table)
             sums = _small_backward(
-                problem, grad_out, qkv, table, q_row, v_row, grad_qkv, scale, configs
+                *(problem, grad_out, qkv, table, q_row, v_row, grad_qkv),
+                *(strides, scale, configs),
             )
         else:
             table = None if rel_pos_table is None else rel_pos_table.t().contiguous()
             sums = _large_backward(
                 *(problem, grad_out, qkv, table, q_row, v_row, lse.contiguous(), grad_qkv),
-                *(scale, configs),
+                *(strides, scale, configs),
             )
     return grad_qkv, *sums
 
@@ -104,6 +107,7 @@ def _small_backward(
     q_row: Tensor | None,
     v_row: Tensor | None,
     grad_qkv: Tensor,
+    strides: tuple[int, ...],
     scale: float,
     configs: Configs | None,
 ) -> Sums:
@@ -118,7 +122,7 @@ def _small_backward(
     q_partial, v_partial = (_row_partial(problem, x, splits) for x in (q_row, v_row))
     small.backward[(batch * splits * heads,)](
         *(grad_out, qkv, table, q_row, grad_qkv, table_partial, q_partial, v_partial),
-        *_sizes(problem, grad_out, qkv),
+        *(*strides, problem.tokens, problem.grid_size[1], heads),
         *(splits, steps, scale),
         ROW=row,
         BLOCK_M=block,
@@ -137,12 +141,13 @@ def _large_backward(
     v_row: Tensor | None,
     lse: Tensor,
     grad_qkv: Tensor,
+    strides: tuple[int, ...],
     scale: float,
     configs: Configs | None,
 ) -> Sums:
     """Fill ``grad_qkv``; gradients of the table and the rows."""
     heads, row, windows = problem.num_heads, _row(problem), problem.batch * problem.windows
-    sizes = _sizes(problem, grad_out, qkv)
+    sizes = (*strides, problem.tokens, problem.grid_size[1], heads)
     weight, delta = torch.empty_like(lse), torch.empty_like(lse)
 
     config = _config("large_backward_q", problem.window_tokens, problem, qkv, configs)
@@ -231,24 +236,9 @@ def _block(slots: int) -> int:
     return max(16, triton.next_power_of_2(slots))
 
 
-def _sizes(problem: WindowAttentionProblem, grad_out: Tensor, qkv: Tensor) -> tuple[int, ...]:
-    return (
-        *(grad_out.stride(0), grad_out.stride(1), qkv.stride(0), qkv.stride(1)),
-        *(problem.tokens, problem.grid_size[1], problem.num_heads),
-    )
-
-
 def _row(problem: WindowAttentionProblem) -> int:
     """Slots of a row of the window where rows must be whole."""
     return triton.next_power_of_2(problem.window_size[1])
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _scaled_table(table: Tensor | None) -> Tensor | None:

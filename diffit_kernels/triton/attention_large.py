@@ -55,6 +55,7 @@ def forward(
     lse,
     stride_b,
     stride_l,
+    row_stride_b,
     tokens,
     grid_width,
     heads,
@@ -83,7 +84,7 @@ def forward(
     at = token(y, x, window, grid_width, WH, WW)
     q = load(qkv, at * stride_l, HEAD_DIM, D0, D1)
     if q_row is not None:
-        q = add(q, load(q_row, sample * dim + column, HEAD_DIM, D0, D1))
+        q = add(q, load(q_row, sample * row_stride_b + column, HEAD_DIM, D0, D1))
 
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -115,7 +116,7 @@ def forward(
 
     o = scaled(o, 1 / total[:, None])
     if v_row is not None:
-        o = add(o, load(v_row, sample * dim + column, HEAD_DIM, D0, D1))
+        o = add(o, load(v_row, sample * row_stride_b + column, HEAD_DIM, D0, D1))
     store(out, (sample * tokens + at) * dim + column, o, HEAD_DIM, D0, D1, live)
     tl.store(lse + (sample * heads + head) * tokens + at, (m + tl.log2(total)) * LN2, mask=live)
 
@@ -177,6 +178,7 @@ def backward_q(
     grad_stride_l,
     stride_b,
     stride_l,
+    row_stride_b,
     tokens,
     grid_width,
     heads,
@@ -207,7 +209,7 @@ def backward_q(
     at = token(y, x, window, grid_width, WH, WW)
     q = load(qkv, at * stride_l, HEAD_DIM, D0, D1)
     if q_row is not None:
-        q = add(q, load(q_row, sample * dim + column, HEAD_DIM, D0, D1))
+        q = add(q, load(q_row, sample * row_stride_b + column, HEAD_DIM, D0, D1))
     start = sample * grad_stride_b + at * grad_stride_l + column
     # Slots that are not live have no gradient, and so add nothing to any sum.
     do = load(grad_out, start, HEAD_DIM, D0, D1, live)
@@ -294,6 +296,7 @@ def backward_kv(
     grad_stride_l,
     stride_b,
     stride_l,
+    row_stride_b,
     tokens,
     grid_width,
     heads,
@@ -325,7 +328,7 @@ def backward_kv(
     k = load(qkv + dim, at * stride_l, HEAD_DIM, D0, D1)
     v = load(qkv + 2 * dim, at * stride_l, HEAD_DIM, D0, D1)
     if q_row is not None:
-        q_offset = load(q_row, sample * dim + column, HEAD_DIM, D0, D1)
+        q_offset = load(q_row, sample * row_stride_b + column, HEAD_DIM, D0, D1)
 
     dk = zeros(tl.zeros((BLOCK_N,), tl.float32), D0, D1)
     dv = zeros(tl.zeros((BLOCK_N,), tl.float32), D0, D1)
@@ -374,6 +377,7 @@ def backward_table(
     grad_stride_l,
     stride_b,
     stride_l,
+    row_stride_b,
     tokens,
     grid_width,
     heads,
@@ -420,7 +424,7 @@ def backward_table(
         start = sample * stride_b + column
         q = load(qkv, start + q_at * stride_l, HEAD_DIM, D0, D1)
         if q_row is not None:
-            q = add(q, load(q_row, sample * dim + column, HEAD_DIM, D0, D1))
+            q = add(q, load(q_row, sample * row_stride_b + column, HEAD_DIM, D0, D1))
         k = load(qkv + dim, start + k_at * stride_l, HEAD_DIM, D0, D1)
         v = load(qkv + 2 * dim, start + k_at * stride_l, HEAD_DIM, D0, D1)
         grad_start = sample * grad_stride_b + q_at * grad_stride_l + column

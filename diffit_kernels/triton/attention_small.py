@@ -56,6 +56,7 @@ def forward(
     lse,
     stride_b,
     stride_l,
+    row_stride_b,
     tokens,
     grid_width,
     heads,
@@ -80,7 +81,7 @@ def forward(
 
     dim = heads * HEAD_DIM
     start = sample * stride_b + at * stride_l + head * HEAD_DIM
-    row_start = sample * dim + head * HEAD_DIM
+    row_start = sample * row_stride_b + head * HEAD_DIM
     q = load(qkv, start, HEAD_DIM, D0, D1)
     k = load(qkv + dim, start, HEAD_DIM, D0, D1)
     v = load(qkv + 2 * dim, start, HEAD_DIM, D0, D1)
@@ -126,6 +127,7 @@ def backward(
     grad_stride_l,
     stride_b,
     stride_l,
+    row_stride_b,
     tokens,
     grid_width,
     heads,
@@ -167,7 +169,7 @@ def backward(
     q_sum = none
     v_sum = none
     if q_row is not None:
-        row = load(q_row, sample * dim + column, HEAD_DIM, D0, D1)
+        row = load(q_row, sample * row_stride_b + column, HEAD_DIM, D0, D1)
     for start in range(first, tl.minimum(first + steps * WINDOWS, windows), WINDOWS):
         window, live = _members(start, windows, valid, WINDOWS)
         at = token(y, x, window, grid_width, WH, WW)

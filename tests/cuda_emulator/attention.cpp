@@ -46,6 +46,7 @@ int main(int argc, char** argv) {
     p.table = table.data();
     p.q_row = q_row.data();
     p.v_row = v_row.data();
+    p.row_stride_batch = dim;
     p.out = out.data();
     p.lse = lse.data();
     p.grad_out = grad_out.data();
