@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffit.files import sha256_of
 from diffit.ranks import Ranks
 from diffit.training import checkpoint
 from diffit.training.checkpoint import Checkpoints
@@ -127,7 +128,7 @@ def test_an_index_cannot_run_code(checkpoints: Checkpoints, capsys: Any) -> None
     folder = checkpoints.folder / "00000003"
     (folder / ".metadata").write_bytes(pickle.dumps(Bad()))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"][".metadata"] = checkpoint._digest(folder / ".metadata")
+    manifest["sha256"][".metadata"] = sha256_of(folder / ".metadata")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"the index holds builtins.print"):
         checkpoints.load(state(0))
