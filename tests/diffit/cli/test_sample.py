@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,23 +138,37 @@ def test_random_weights_say_so(tmp_path: Path, capsys: Any) -> None:
     assert f"no weights for {preset}: the network is random" in capsys.readouterr().out
 
 
-def command(weights: Path, out: Path, *arguments: str) -> list[str]:
+DIFFIT = (sys.executable, "-m", "diffit")
+
+
+def words(weights: Path, out: Path, *arguments: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "diffit", "sample", "--weights", str(weights)),
-        *("--steps", "2", "--seeds", "0-11", "--batch-size", "1", "--out", str(out), *arguments),
+        *("sample", "--weights", str(weights), "--steps", "2", "--seeds", "0-11"),
+        *("--batch-size", "1", "--out", str(out), *arguments),
     ]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes that are started here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
-def test_goes_on_where_it_was_stopped(weights: Path, tmp_path: Path, ending: int) -> None:
+def test_goes_on_where_it_was_stopped(
+    weights: Path, tmp_path: Path, capsys: Any, ending: int
+) -> None:
     """Killed or interrupted between pictures; the rerun makes those that are missing."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out, expected = tmp_path / "out.npz", tmp_path / "expected.npz"
     many = ("--seeds", "0-59")  # so that the signal comes before the last
-    subprocess.run(command(weights, expected, *many), check=True, env=environment)
-    process = subprocess.Popen(
-        command(weights, out, *many), env=environment, stderr=subprocess.PIPE, text=True
-    )
+    assert main(words(weights, expected, *many)) == 0
+    command = [*DIFFIT, *words(weights, out, *many)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "out.npz.partial"
     while len(list(partial.glob("0*.png"))) < 3:
         assert process.poll() is None
@@ -167,25 +181,20 @@ def test_goes_on_where_it_was_stopped(weights: Path, tmp_path: Path, ending: int
         assert err.endswith(f"the same command goes on from what is in {partial}\n")
     before = pngs(partial)
     assert 3 <= len([name for name in before if name.startswith("0")]) < 60
-    done = subprocess.run(
-        command(weights, out, *many),
-        check=True,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert "of 60 pictures are there already" in done.stdout
+    assert main(words(weights, out, *many)) == 0
+    assert "of 60 pictures are there already" in capsys.readouterr().out
     assert out.read_bytes() == expected.read_bytes()
     assert not partial.exists()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_torchrun(weights: Path, tmp_path: Path) -> None:
     """Two processes make the pictures of one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
-    subprocess.run(command(weights, one), check=True, env=environment)
+    assert main(words(weights, one)) == 0
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    subprocess.run([*run, *command(weights, two)[1:]], check=True, env=environment)
+    subprocess.run([*run, *DIFFIT[1:], *words(weights, two)], check=True, env=environment)
     assert one.read_bytes() == two.read_bytes()
 
 

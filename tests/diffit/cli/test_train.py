@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,8 @@ from PIL import Image
 from diffit.cli import main
 from diffit.cli.networks import SHIPPED
 from diffit.models import load_model, save_weights
+from tests.diffit.training.kills import wait
+from tests.diffit.training.processes import Processes
 from tests.diffit.training.tiny import (
     IMAGE,
     LATENT,
@@ -28,6 +28,7 @@ from tests.diffit.training.tiny import (
     environment,
     latents,
     pictures,
+    python,
     stats,
 )
 
@@ -173,7 +174,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
     assert train(checkpoint_every=1) == 0
     run = tmp_path / "run"
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
-    words = command(images, run, "--steps", "9", f"--{what}-every", "4")
+    words = python(command(images, run, "--steps", "9", f"--{what}-every", "4"))
     words[words.index("--batch-size") + 1] = "4"
     limited = subprocess.run(
         words,
@@ -196,17 +197,12 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
 
 def test_sigterm_exits_with_0_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
     words = command(images, tmp_path / "run", "--steps", "100000")
-    with subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
-    ) as process:
-        end = time.monotonic() + 120
-        while not (tmp_path / "run" / "stats.jsonl").exists() or len(stats(tmp_path / "run")) < 3:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "the same command goes on" in output
+    with Processes(words, tmp_path / "output.txt") as processes:
+        log = tmp_path / "run" / "stats.jsonl"
+        wait(lambda: log.exists() and len(stats(log.parent)) >= 3)
+        processes.ranks[0].terminate()
+        assert processes.wait() == [0]
+    assert "the same command goes on" in processes.output.read_text()
     steps = len(stats(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{steps:08d}"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import random
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,30 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from diffit.models import load_model
-from tests.diffit.training.tiny import ROOT, command, environment, pictures, stats
+from tests.diffit.training.processes import PATIENCE, Processes, finish
+from tests.diffit.training.tiny import command, pictures, stats
 
-PATIENCE = 120  # seconds for what takes a few
 STEPS_OF_A_LIFE = 60  # more than a process makes before it is killed
 EVERY = 10  # steps between checkpoints
-
-
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(words: list[str]) -> str:
-    """What it prints, once it has ended well."""
-    with start(words) as process:
-        output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output
-    return output
 
 
 def wait(condition: Callable[[], bool]) -> None:
@@ -73,24 +53,23 @@ def kill_at_random(images: Path, folder: Path, *, kills: int, seed: int) -> dict
     steps = STEPS_OF_A_LIFE * (kills + 1)
     options = ("--steps", str(steps), "--checkpoint-every", str(EVERY))
     options = (*options, "--snapshot-every", str(steps))
-    whole, out = folder / "whole", folder / "run"
-    finish(command(images, whole, *options))
+    whole, out, output = folder / "whole", folder / "run", folder / "output.txt"
+    finish(command(images, whole, *options), output)
     died = {"inside a write": 0, "outside": 0}
     for kill in range(kills):
         before = checkpoints(out)
-        with start(command(images, out, *options)) as process:
+        with Processes(command(images, out, *options), output) as processes:
             wait(lambda before=before: checkpoints(out)[-1:] > before[-1:])  # type: ignore[misc]
             time.sleep(draw.uniform(0, 0.1))
             if kill % 2:
                 wait(lambda: any((out / "checkpoints").glob(".tmp-*")))
                 time.sleep(draw.uniform(0, 0.02))
-            process.kill()
-            output, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == -signal.SIGKILL, output
-        assert "refused" not in output, output
+            processes.ranks[0].kill()
+            codes = processes.wait()
+        assert codes == [-signal.SIGKILL], output.read_text()
         half_written = any((out / "checkpoints").glob(".tmp-*"))
         died["inside a write" if half_written else "outside"] += 1
-    assert "refused" not in finish(command(images, out, *options))
+    assert "refused" not in finish(command(images, out, *options), output)
     assert same_run(out, whole)
     return died
 

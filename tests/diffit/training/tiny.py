@@ -115,13 +115,18 @@ def stats(out: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-def command(data: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
-    """The command that trains the tiny image network."""
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    """The words after ``diffit`` that train the tiny image network."""
+    run = ["train", "--preset", IMAGE, "--batch-size", "8", "--data", str(data), "--out", str(out)]
+    return [*run, *more]
+
+
+def python(words: list[str], processes: int = 1) -> list[str]:
+    """The same for a Python of its own, or several by torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run = ["-m", "tests.diffit.training.tiny", "train", "--preset", IMAGE, "--batch-size", "8"]
-    return [*launcher, *run, "--data", str(data), "--out", str(out), *more]
+    return [*launcher, "-m", "tests.diffit.training.tiny", *words]
 
 
 def environment() -> dict[str, str]:
@@ -129,6 +134,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-if __name__ == "__main__":
+def run(words: list[str]) -> int:
+    """The command line; returns the exit code."""
     PRESETS.update(TINY)
-    sys.exit(main())
+    return main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
