@@ -15,13 +15,10 @@ namespace diffit::cuda {
 template <int D>
 constexpr int backward_rows = D <= 112 ? 32 : 16;
 
-// Slots of whole tiles.
-BOTH constexpr int padded_slots(int slots) { return (slots + block_rows - 1) / block_rows * block_rows; }
-
 template <int D>
 constexpr int large_backward_shared(int table_rows, int slots) {
     return tile_size<D>(2 * block_rows + 4 * backward_rows<D>) * 2 +
-           (table_size(table_rows) + slots_size(slots)) * 4;
+           (table_size(table_rows) + padded_slots(slots)) * 4;
 }
 
 template <int D>
@@ -42,37 +39,34 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
     const auto table = shared_memory<float>();
     const Slots slots((table + table_size(window.table_rows())).template as<int>(), window);
-    const auto q = (slots.offsets + slots_size(slots.count)).template as<uint16_t>(),
+    const auto q = (slots.offsets + padded_slots(slots.count)).template as<uint16_t>(),
                grad = q + tile_size<D>(block_rows),
                keys = grad + tile_size<D>(block_rows);  // k and v, twice
     load_table(table, p, work.head, window.table_rows());
     block_barrier();
 
-    const LargeRows<const uint16_t> plain_q{slots, head.qkv, p.qkv_stride_token, work.slot},
-        rows_of_grad{slots, head.grad_out, p.grad_out_stride_token, work.slot};
-    copy_tile<D>(q, block_rows, head_dim, head.qkv, plain_q);
-    copy_tile<D>(grad, block_rows, head_dim, head.qkv, rows_of_grad);
+    copy_slots<D, block_rows>(q, slots, work.slot, p.head_dim, head.q, head.grad_out);
     const int tiles = tiles_of(window, N);
     const auto place = [&](int step) { return keys + tile_size<D>(step % 2 * 2 * N); };
     const auto copy = [&](int step) {
-        if (step < 2 * tiles) copy_keys<D, N>(place(step), p, head, slots, step % tiles * N);
+        if (step < 2 * tiles)
+            copy_slots<D, N>(place(step), slots, step % tiles * N, p.head_dim, head.k, head.v);
         commit_copies();
     };
     copy(0);
     copy(1);
     wait_for_copies<1>();
     if (p.q_row) {
-        add_row<T, D>(q, block_rows, head_dim, p.q_row + head.row);
+        add_row<T, D>(q, block_rows, head_dim, p.q_row + head.in_row());
         store_own<D>(q, block_rows, head_dim,
-                     LargeRows<uint16_t>{slots, p.q + head.token * head.dim + work.head * head_dim,
-                                         head.dim, work.slot});
+                     LargeRows<uint16_t>{slots, p.q + head.in_result(1), dim_of(p), work.slot});
     }
     block_barrier();
     const OwnRows<D> own_q(q + own * row_stride<D>);
 
     float dq[D / 8][4], row_lse[2], delta[2] = {0, 0}, total[2] = {0, 0};
     zero(dq);
-    const LargeRows<const float> lse{slots, p.lse + head.rows, 1, work.slot + own};
+    const LargeRows<const float> lse{slots, p.lse + head.in_lse(), 1, work.slot + own};
     for (int r = 0; r < 2; ++r) {
         const float* from = lse(row_slot(0, 2 * r));
         // A query that is no token has no weight anywhere, and adds nothing to any sum.
@@ -119,20 +113,20 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
         weight[r] = 1 / total[r];
         const int slot = row_slot(work.slot + own, 2 * r);
         if (slot < slots.count && lane() % 4 == 0) {
-            const int64_t at = head.rows + load(slots.offsets + slot);
+            const int64_t at = head.in_lse() + load(slots.offsets + slot);
             p.weight[at] = weight[r];
             p.delta[at] = delta[r];
         }
         weight[r] *= static_cast<float>(p.scale);
     }
     scale_rows(dq, weight);
-    uint16_t* grad_qkv = p.grad_qkv + head.token * 3 * head.dim + work.head * head_dim;
     store_rows<T, D>(q + own * row_stride<D>, dq, head_dim,
-                     LargeRows<uint16_t>{slots, grad_qkv, 3 * head.dim, work.slot + own});
+                     LargeRows<uint16_t>{slots, p.grad_qkv + head.in_result(3), 3 * dim_of(p),
+                                         work.slot + own});
     block_barrier();
     if (thread_index() < head_dim) {
         const int64_t parts = windows_of(p) * tiles_of(window, block_rows);
-        const int64_t at = (work.sample * parts + work.part) * head.dim + work.head * head_dim +
+        const int64_t at = (work.sample * parts + work.part) * dim_of(p) + work.head * head_dim +
                            thread_index();
         if (p.q_part) p.q_part[at] = column_sum<T, D>(q, thread_index());
         if (p.v_part) p.v_part[at] = column_sum<T, D>(grad, thread_index());
@@ -157,24 +151,26 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     const auto table = shared_memory<float>();
     const Slots slots((table + table_size(window.table_rows())).template as<int>(), window);
     const int padded = padded_slots(slots.count);
-    const auto lse = (slots.offsets + slots_size(slots.count)).template as<float>(),
+    const auto lse = (slots.offsets + padded_slots(slots.count)).template as<float>(),
                weight = lse + padded, delta = weight + padded;
     const auto k = (delta + padded).template as<uint16_t>(), v = k + tile_size<D>(block_rows),
                queries = v + tile_size<D>(block_rows);  // q and dO, twice
     load_table(table, p, work.head, window.table_rows());
     for (int slot = thread_index(); slot < padded; slot += threads) {
         const bool live = slot < slots.count;
-        const int64_t at = head.rows + (live ? window.offset(slot) : 0);
+        const int64_t at = head.in_lse() + (live ? window.offset(slot) : 0);
         store(lse + slot, live ? p.lse[at] * log2_e : 0.0f);
         store(weight + slot, live ? p.weight[at] : 0.0f);
         store(delta + slot, live ? p.delta[at] : 0.0f);
     }
     block_barrier();
 
-    copy_keys<D, block_rows>(k, p, head, slots, work.slot);
+    copy_slots<D, block_rows>(k, slots, work.slot, p.head_dim, head.k, head.v);
     const auto place = [&](int step) { return queries + tile_size<D>(step % 2 * 2 * N); };
     const auto copy = [&](int tile) {
-        if (tile * N < slots.count) copy_queries<D, N>(place(tile), p, head, slots, tile * N);
+        if (tile * N < slots.count)
+            copy_slots<D, N>(place(tile), slots, tile * N, p.head_dim, head.q_with_row,
+                             head.grad_out);
         commit_copies();
     };
     copy(0);
@@ -213,11 +209,12 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
 
     const float scale[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
     scale_rows(dk, scale);
-    uint16_t* grad_k = p.grad_qkv + head.token * 3 * head.dim + head.dim + work.head * head_dim;
+    const int dim = dim_of(p);
+    uint16_t* grad_k = p.grad_qkv + head.in_result(3) + dim;
     store_rows<T, D>(k + own * row_stride<D>, dk, head_dim,
-                     LargeRows<uint16_t>{slots, grad_k, 3 * head.dim, work.slot + own});
+                     LargeRows<uint16_t>{slots, grad_k, 3 * dim, work.slot + own});
     store_rows<T, D>(v + own * row_stride<D>, dv, head_dim,
-                     LargeRows<uint16_t>{slots, grad_k + head.dim, 3 * head.dim, work.slot + own});
+                     LargeRows<uint16_t>{slots, grad_k + dim, 3 * dim, work.slot + own});
 }
 
 // Keys that are taken at once for the table.
@@ -229,7 +226,7 @@ template <int D>
 constexpr int large_backward_table_shared(int table_rows, int slots) {
     const int tiles = tile_size<D>(2 * (block_rows + table_keys<D>)) * 2,
               floats = block_rows * float_stride<table_keys<D>> * 4;
-    return (tiles > floats ? tiles : floats) + (2 * table_size(table_rows) + slots_size(slots)) * 4;
+    return (tiles > floats ? tiles : floats) + (2 * table_size(table_rows) + padded_slots(slots)) * 4;
 }
 
 // The gradient of the table from a tile of queries of one head and every splits-th window: dS of the
@@ -241,15 +238,14 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
     constexpr int N = table_keys<D>;
     const Window shape(p, 0);
     const int q_tiles = tiles_of(shape, block_rows), table_rows = shape.table_rows();
-    const int query = static_cast<int>(block_index() % q_tiles) * block_rows;
-    const int splits = static_cast<int>(p.splits), windows = static_cast<int>(windows_of(p)),
+    const int query = block_index() % q_tiles * block_rows;
+    const int splits = static_cast<int>(p.splits), windows = windows_of(p),
               items = static_cast<int>(p.batch) * windows;  // fewer than blocks of the other kernels
-    const int split = static_cast<int>(block_index() / q_tiles % splits);
-    const int64_t head_index = block_index() / q_tiles / splits;
+    const int split = block_index() / q_tiles % splits, head_index = block_index() / q_tiles / splits;
     const int own = 16 * warp();
     const auto table = shared_memory<float>(), sums = table + table_size(table_rows);
     const Slots slots((sums + table_size(table_rows)).template as<int>(), shape);
-    const auto q = (slots.offsets + slots_size(slots.count)).template as<uint16_t>(),
+    const auto q = (slots.offsets + padded_slots(slots.count)).template as<uint16_t>(),
                grad = q + tile_size<D>(block_rows), k = grad + tile_size<D>(block_rows),
                v = k + tile_size<D>(N);
     const auto floats = q.template as<float>();
@@ -262,14 +258,16 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
         zero(grad_logits);
         for (int item = split; item < items; item += splits) {
             const Head head(p, item / windows, head_index, Window(p, item % windows));
-            copy_queries<D, block_rows>(q, p, head, slots, query);
-            copy_keys<D, N>(k, p, head, slots, key);
+            // Opaque: addresses and bounds of all rows are too many to keep in registers.
+            copy_slots<D, block_rows>(q, slots, opaque(query), p.head_dim, head.q_with_row,
+                                      head.grad_out);
+            copy_slots<D, N>(k, slots, opaque(key), p.head_dim, head.k, head.v);
             commit_copies();
             float of_row[3][2];
             for (int r = 0; r < 2; ++r) {
                 const int slot = row_slot(query + own, 2 * r);
                 const bool live = slot < slots.count;
-                const int64_t at = head.rows + (live ? load(slots.offsets + slot) : 0);
+                const int64_t at = head.in_lse() + (live ? load(slots.offsets + slot) : 0);
                 of_row[0][r] = live ? p.lse[at] * log2_e : INFINITY;
                 of_row[1][r] = live ? p.weight[at] : 0;
                 of_row[2][r] = live ? p.delta[at] : 0;
@@ -301,7 +299,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<D>)
                       load(sums + r) + fold<N>(floats, block_rows, shape, query, key, r));
         block_barrier();  // the next queries take the place of the sums
     }
-    float* part = p.table_part + (head_index * p.splits * q_tiles + block_index() % (p.splits * q_tiles)) *
+    float* part = p.table_part + (int64_t{head_index} * splits * q_tiles + block_index() % (splits * q_tiles)) *
                                      table_rows;
     for (int r = thread_index(); r < table_rows; r += threads) part[r] = load(sums + r);
 }

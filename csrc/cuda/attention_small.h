@@ -13,19 +13,20 @@ namespace diffit::cuda {
 template <int N>
 struct SmallWork {
     static constexpr int at_once = block_rows / N;  // windows
-    int64_t head, part, sample, first, end;         // part: of all samples; windows
+    int head, part, sample;  // part: of all samples
+    int first, end;          // windows
 
     DEVICE explicit SmallWork(const WindowAttention& p)
-        : head(block_index() % p.heads),
-          part(block_index() / p.heads),
-          sample(part / p.splits),
-          first(part % p.splits * p.steps * at_once),
-          end(first + p.steps * at_once) {
+        : head(block_index() % static_cast<int>(p.heads)),
+          part(block_index() / static_cast<int>(p.heads)),
+          sample(part / static_cast<int>(p.splits)),
+          first(part % static_cast<int>(p.splits) * static_cast<int>(p.steps) * at_once),
+          end(first + static_cast<int>(p.steps) * at_once) {
         if (end > windows_of(p)) end = windows_of(p);
     }
 
     // The token of each of the 64 rows, -1 where there is none.
-    DEVICE void find_tokens(Shared<int> to, const WindowAttention& p, int64_t from) const {
+    DEVICE void find_tokens(Shared<int> to, const WindowAttention& p, int from) const {
         const int row = thread_index(), slot = row % N;
         if (row >= block_rows) return;
         const Window window(p, from + row / N);
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
     const SmallWork<N> work(p);
     const Window window(p, 0);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
-    const int64_t dim = dim_of(p), tokens = tokens_of(p), column = work.head * head_dim;
+    const int dim = dim_of(p), column = work.head * head_dim;
+    const int64_t tokens = tokens_of(p);
     const auto q = shared_memory<uint16_t>(), k = q + tile_size<D>(block_rows),
                v = k + tile_size<D>(block_rows);
     const auto token_of = (v + tile_size<D>(block_rows)).template as<int>();
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
     const uint16_t* qkv = p.qkv + work.sample * p.qkv_stride_batch + column;
     load_table(table, p, work.head, window.table_rows());
 
-    for (int64_t first = work.first; first < work.end; first += work.at_once) {
+    for (int first = work.first; first < work.end; first += work.at_once) {
         work.find_tokens(token_of, p, first);
         block_barrier();
         for (int part = 0; part < 3; ++part)
@@ -72,7 +74,8 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
                          SmallRows<const uint16_t>{token_of, qkv + part * dim, p.qkv_stride_token});
         commit_copies();
         wait_for_copies<0>();
-        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
+        if (p.q_row)
+            add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
         block_barrier();
 
         const int keys = own / N * N * row_stride<D>;  // of the window of this warp
@@ -85,7 +88,8 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
         accumulate<T, N, D>(o, s, v + keys);
         const float inverse[2] = {1 / total[0], 1 / total[1]};
         scale_rows(o, inverse);
-        if (p.v_row) add_to_rows<T, D>(o, p.v_row + work.sample * p.row_stride_batch + column, head_dim);
+        if (p.v_row)
+            add_to_rows<T, D>(o, p.v_row + work.sample * p.row_stride_batch + column, head_dim);
 
         warp_barrier();  // the queries of this warp are read
         store_rows<T, D>(q + own * row_stride<D>, o, head_dim,
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
     const Window window(p, 0);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
     const int table_rows = window.table_rows();
-    const int64_t dim = dim_of(p), column = work.head * head_dim;
+    const int dim = dim_of(p), column = work.head * head_dim;
     const auto token_of = shared_memory<int>();
     const auto table = (token_of + block_rows).template as<float>();
     const auto q = (table + table_size(table_rows)).template as<uint16_t>(),
@@ -120,12 +124,12 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
                grad_s = prob + tile_size<N>(block_rows);
     const uint16_t* qkv = p.qkv + work.sample * p.qkv_stride_batch + column;
     const uint16_t* grad_out = p.grad_out + work.sample * p.grad_out_stride_batch + column;
-    uint16_t* grad_qkv = p.grad_qkv + work.sample * tokens_of(p) * 3 * dim + column;
+    uint16_t* grad_qkv = p.grad_qkv + int64_t{work.sample} * tokens_of(p) * 3 * dim + column;
     load_table(table, p, work.head, table_rows);
 
     float grad_logits[N / 8][4], q_sum = 0, v_sum = 0;
     zero(grad_logits);
-    for (int64_t first = work.first; first < work.end; first += work.at_once) {
+    for (int first = work.first; first < work.end; first += work.at_once) {
         work.find_tokens(token_of, p, first);
         block_barrier();
         for (int part = 0; part < 3; ++part)
@@ -135,7 +139,8 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
                      SmallRows<const uint16_t>{token_of, grad_out, p.grad_out_stride_token});
         commit_copies();
         wait_for_copies<0>();
-        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
+        if (p.q_row)
+            add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
         block_barrier();
 
         // The window of this warp: its first row, and the queries of this warp in it.
@@ -190,7 +195,7 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
         block_barrier();
     }
 
-    const int64_t place = work.part * dim + column + thread_index();
+    const int64_t place = int64_t{work.part} * dim + column + thread_index();
     if (p.q_part && thread_index() < head_dim) p.q_part[place] = q_sum;
     if (p.v_part && thread_index() < head_dim) p.v_part[place] = v_sum;
     if (!p.table_part) return;

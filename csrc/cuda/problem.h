@@ -7,7 +7,8 @@
 namespace diffit::cuda {
 
 // Windowed attention with a relative position bias; see diffit_kernels/reference. Strides are in
-// elements and, like all rows of bfloat16 or float16, multiples of 16 bytes.
+// elements and, like all rows of bfloat16 or float16, multiples of 16 bytes. Tokens, channels and
+// strides from token to token are below 2^30.
 struct WindowAttention {
     int64_t batch, grid_height, grid_width, window_height, window_width, heads, head_dim;
     int64_t dtype;  // 1: bfloat16, 2: float16

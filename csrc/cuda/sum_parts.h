@@ -9,7 +9,7 @@ namespace diffit::cuda {
 template <class T>
 __global__ void __launch_bounds__(threads, 1) sum_rows(const float* part, int64_t parts, int64_t dim,
                                                     int64_t size, uint16_t* out) {
-    const int64_t i = block_index() * threads + thread_index();
+    const int64_t i = int64_t{block_index()} * threads + thread_index();
     if (i >= size) return;
     float total = 0;
     for (int64_t k = 0; k < parts; ++k) total += part[(i / dim * parts + k) * dim + i % dim];
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(threads, 1) sum_rows(const float* part, int64_
 // out (rows, heads) from part (heads, parts, rows).
 inline __global__ void __launch_bounds__(threads, 1) sum_table(const float* part, int64_t parts,
                                                             int64_t rows, int64_t heads, float* out) {
-    const int64_t i = block_index() * threads + thread_index();
+    const int64_t i = int64_t{block_index()} * threads + thread_index();
     if (i >= rows * heads) return;
     const int64_t head = i / rows, r = i % rows;
     float total = 0;

@@ -45,12 +45,21 @@ DEVICE void load_table(Shared<float> to, const WindowAttention& p, int64_t head,
 
 // --- tiles
 
-// Calls each(row, column) for the 16-byte units of a tile that are this thread's.
+// Calls each(row, column) for the 16-byte units of a tile that are this thread's. They are of one
+// column, so that addresses differ by constants; the last threads may have none.
+template <int D>
+DEVICE int own_column() {
+    return thread_index() % (D / 8) * 8;
+}
 template <int D, class Each>
 DEVICE void for_own_units(int rows, const Each& each) {
-#pragma unroll 2
-    for (int unit = thread_index(); unit < rows * (D / 8); unit += threads)
-        each(unit / (D / 8), unit % (D / 8) * 8);
+    constexpr int at_once = threads / (D / 8);
+    const int first = thread_index() / (D / 8);
+    if (first >= at_once) return;
+#pragma unroll
+    for (int before = 0; before < rows; before += at_once)
+        if (before + at_once <= rows || before + first < rows)
+            each(before + first, own_column<D>());
 }
 
 // Starts to copy rows; from(row) is the address of a row, or null where there is none. `valid` is
@@ -62,24 +71,6 @@ DEVICE void copy_tile(Shared<uint16_t> tile, int rows, int head_dim, const uint1
         const uint16_t* source = from(row);
         const bool live = source && column < head_dim;
         copy_async(tile + (row * row_stride<D> + column), live ? source + column : valid, live);
-    });
-}
-
-// The same for two tiles, one after the other. Here addresses are valid where nothing is read, too:
-// a branch would cost more than the copy.
-struct TwoRows {
-    const uint16_t *first, *second;
-    bool live;
-};
-template <int D, class From>
-DEVICE void copy_tiles(Shared<uint16_t> tiles, int rows, int head_dim, const From& from) {
-    for_own_units<D>(rows, [&](int row, int column) {
-        const TwoRows source = from(row);
-        const bool live = source.live && column < head_dim;
-        const int at = live ? column : 0;
-        const auto to = tiles + (row * row_stride<D> + column);
-        copy_async(to, source.first + at, live);
-        copy_async(to + tile_size<D>(rows), source.second + at, live);
     });
 }
 
@@ -99,10 +90,11 @@ DEVICE Chunk sum(const Chunk& a, const Chunk& b) {
 // copied itself, so it has to wait for no other.
 template <class T, int D>
 DEVICE void add_row(Shared<uint16_t> tile, int rows, int head_dim, const uint16_t* source) {
+    if (own_column<D>() >= head_dim) return;
+    const Chunk added = *reinterpret_cast<const Chunk*>(source + own_column<D>());
     for_own_units<D>(rows, [&](int row, int column) {
-        if (column >= head_dim) return;
         const auto at = (tile + (row * row_stride<D> + column)).template as<Chunk>();
-        store(at, sum<T>(load(at), *reinterpret_cast<const Chunk*>(source + column)));
+        store(at, sum<T>(load(at), added));
     });
 }
 

@@ -49,7 +49,7 @@ DEVICE Shared<T> shared_memory() {
 }
 
 DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-DEVICE int64_t block_index() { return blockIdx.x; }
+DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
 

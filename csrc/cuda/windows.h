@@ -10,16 +10,16 @@ namespace diffit::cuda {
 struct Window {
     int height, width, slots;  // of the window
     int grid_width;
-    int64_t first;  // token of the sample in slot 0
+    int first;  // token of the sample in slot 0
     uint32_t inverse;
 
-    DEVICE Window(const WindowAttention& p, int64_t window)
+    DEVICE Window(const WindowAttention& p, int window)
         : height(static_cast<int>(p.window_height)),
           width(static_cast<int>(p.window_width)),
           slots(height * width),
           grid_width(static_cast<int>(p.grid_width)),
           inverse((1u << 21) / width + 1) {
-        const int64_t across = grid_width / width;
+        const int across = grid_width / width;
         first = window / across * height * grid_width + window % across * width;
     }
 
@@ -30,7 +30,7 @@ struct Window {
         const int y = row(slot);
         return y * grid_width + (slot - y * width);
     }
-    DEVICE int64_t token(int slot) const { return first + offset(slot); }
+    DEVICE int token(int slot) const { return first + offset(slot); }
     // Numbers such that slots i and j meet in row position(i) - position(j) + center() of the table.
     DEVICE int position(int slot) const { return slot + row(slot) * (width - 1); }
     DEVICE int center() const { return position(slots - 1); }
@@ -40,10 +40,15 @@ struct Window {
 // Floats that the table takes, in whole units of 16 bytes.
 BOTH constexpr int table_size(int table_rows) { return (table_rows + 3) / 4 * 4; }
 
-BOTH int64_t windows_of(const WindowAttention& p) {
-    return p.grid_height / p.window_height * (p.grid_width / p.window_width);
+BOTH int windows_of(const WindowAttention& p) {
+    return static_cast<int>(p.grid_height) / static_cast<int>(p.window_height) *
+           (static_cast<int>(p.grid_width) / static_cast<int>(p.window_width));
 }
-BOTH int64_t tokens_of(const WindowAttention& p) { return p.grid_height * p.grid_width; }
-BOTH int64_t dim_of(const WindowAttention& p) { return p.heads * p.head_dim; }
+BOTH int tokens_of(const WindowAttention& p) {
+    return static_cast<int>(p.grid_height) * static_cast<int>(p.grid_width);
+}
+BOTH int dim_of(const WindowAttention& p) {
+    return static_cast<int>(p.heads) * static_cast<int>(p.head_dim);
+}
 
 }  // namespace diffit::cuda

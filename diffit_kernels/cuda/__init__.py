@@ -22,6 +22,8 @@ from diffit_kernels.triton.configs import table_of
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 _MAX_WINDOW_TOKENS = 1024
+# Tokens of a sample, and numbers from token to token: the kernels count in 32 bits.
+_MAX_COUNT = 2**30
 
 # Blocks that keep any GPU busy, where work may be cut at will. The same on every device, so that
 # the sums are.
@@ -59,6 +61,8 @@ def supports(problem: AnyProblem) -> str | None:
         return f"head width {problem.head_dim} is not a multiple of 8 from 8 to 128"
     if problem.window_tokens > _MAX_WINDOW_TOKENS:
         return f"window {problem.window_size} has more than {_MAX_WINDOW_TOKENS} tokens"
+    if problem.tokens >= _MAX_COUNT:
+        return f"grid {problem.grid_size} has 2^30 tokens or more"
     return None
 
 
@@ -165,10 +169,11 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """(B, L, C) whose rows are whole units of 16 bytes: as it is, or a copy."""
+    """(..., C) whose rows are whole units of 16 bytes: as it is, or a copy."""
     unit = 16 // x.itemsize
     *strides, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides):
+    fit = last == 1 and strides[-1] < _MAX_COUNT and not any(s % unit for s in strides)
+    if fit and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

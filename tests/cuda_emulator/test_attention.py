@@ -97,10 +97,10 @@ PLANTED = {
         "wait_for_copies<2>();",
         "not waited for|under way",
     ),
-    "a token too many is read": (
+    "a slot too many is looked up": (
         "attention_large.h",
-        r"slot < slots.count \? base",
-        "slot <= slots.count ? base",
+        r"slots.offsets \+ \(first \+ row\)",
+        "slots.offsets + (first + row + 1)",
         "nobody wrote|race",
     ),
     "a wrong row of the table": (
