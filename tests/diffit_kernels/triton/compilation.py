@@ -176,8 +176,11 @@ def _compile(target: str, source: Any, options: dict[str, int]) -> Result:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(binary.asm["cubin"])
             result |= _resources(cubin)
-            if target == "sm_90":  # it takes longer than to compile
-                result |= _instructions(cubin)
+            # To disassemble takes longer than to compile.
+            result["hgmma"] = "wgmma" in binary.asm["ptx"] and "HGMMA" in _cuobjdump(
+                "--dump-sass", cubin
+            )
+        result["access_bits"] = _access_bits(binary.asm["ptx"])
     elif backend == "hip":
         assembly = binary.asm["amdgcn"]
         result["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
@@ -195,12 +198,10 @@ def _resources(cubin: Path) -> Result:
     }
 
 
-def _instructions(cubin: Path) -> Result:
-    """Widths of accesses to global memory; whether tensor cores work by warp groups."""
-    code = _cuobjdump("--dump-sass", cubin)
-    accesses = re.findall(r"\b(?:LDG|STG)\.E([.\w]*)", code)
-    widths = {int((re.findall(r"\.(?:U)?(\d+)", access) or [32])[-1]) for access in accesses}
-    return {"access_bits": sorted(widths), "hgmma": "HGMMA" in code}
+def _access_bits(ptx: str) -> list[int]:
+    """Widths of accesses to global memory."""
+    accesses = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
+    return sorted({int(count or 1) * int(bits) for count, bits in accesses})
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
