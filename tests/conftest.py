@@ -14,6 +14,11 @@ from tests.backends import BACKENDS, FASTEST, running_on
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first: with several workers none waits for it in the end."""
+    items.sort(key=lambda item: item.name != "test_every_target")
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend and instruction set of this machine; operators run on it."""

@@ -17,7 +17,8 @@ struct WindowAttention {
 
     const uint16_t* qkv;  // (B, L, 3C), last stride 1
     int64_t qkv_stride_batch, qkv_stride_token;
-    const float* table;     // (heads, (2 wh - 1)(2 ww - 1)) or null
+    const float* table;  // ((2 wh - 1)(2 ww - 1), heads), any strides, or null
+    int64_t table_stride_row, table_stride_head;
     const uint16_t* q_row;  // (B, C) or null, last stride 1
     const uint16_t* v_row;  // (B, C) or null, last stride 1
     int64_t row_stride_batch;

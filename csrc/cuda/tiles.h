@@ -40,7 +40,7 @@ DEVICE int row_slot(int first, int i) { return first + lane() / 4 + i / 2 * 8; }
 DEVICE void load_table(Shared<float> to, const WindowAttention& p, int64_t head, int rows) {
     if (p.table)
         for (int r = thread_index(); r < rows; r += threads)
-            store(to + r, p.table[head * rows + r] * log2_e);
+            store(to + r, p.table[head * p.table_stride_head + r * p.table_stride_row] * log2_e);
 }
 
 // --- tiles

@@ -25,6 +25,10 @@ _MAX_WINDOW_TOKENS = 1024
 # Tokens of a sample, and numbers from token to token: the kernels count in 32 bits.
 _MAX_COUNT = 2**30
 
+# Tokens of a window up to which a table is read as it lies, heads side by side: to rewrite it is a
+# launch more.
+_SCATTERED_TABLE = 256
+
 # Blocks that keep any GPU busy, where work may be cut at will. The same on every device, so that
 # the sums are.
 _BLOCKS = 1024
@@ -92,7 +96,7 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     qkv, (q_row, v_row, row_stride) = _aligned(qkv), _rows(q_row, v_row)
-    table = _by_heads(rel_pos_table)
+    table = _table(problem, rel_pos_table)
     out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
     lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=torch.float32)
     library = _loaded()
@@ -116,7 +120,7 @@ def window_attention_backward(
     """As the reference."""
     qkv, grad_out, lse = _aligned(qkv), _aligned(grad_out), lse.contiguous()
     q_row, v_row, row_stride = _rows(q_row, v_row)
-    table = _by_heads(rel_pos_table)
+    table = _table(problem, rel_pos_table)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     grad_table, grad_q_row, grad_v_row = (
         None if x is None else x.new_empty(x.shape) for x in (rel_pos_table, q_row, v_row)
@@ -142,7 +146,7 @@ def _loaded() -> Library:
 
 
 def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
 
 
 def _arguments(
@@ -159,7 +163,8 @@ def _arguments(
         *(problem.batch, *problem.grid_size, *problem.window_size),
         *(problem.num_heads, problem.head_dim, _DTYPES[problem.dtype], _BLOCKS, scale),
         *(qkv.data_ptr(), qkv.stride(0), qkv.stride(1)),
-        *(_pointer(table), _pointer(q_row), _pointer(v_row), row_stride),
+        *(_pointer(table), *((0, 0) if table is None else table.stride())),
+        *(_pointer(q_row), _pointer(v_row), row_stride),
         lse=lse.data_ptr(),
     )
 
@@ -184,6 +189,8 @@ def _rows(q_row: Tensor | None, v_row: Tensor | None) -> tuple[Tensor | None, Te
     return equally_spaced(q_row, v_row)
 
 
-def _by_heads(table: Tensor | None) -> Tensor | None:
-    """(heads, rows)."""
-    return None if table is None else table.t().contiguous()
+def _table(problem: WindowAttentionProblem, table: Tensor | None) -> Tensor | None:
+    """(rows, heads), with the rows of a head side by side where blocks have many to read."""
+    if table is None or problem.window_tokens <= _SCATTERED_TABLE:
+        return table
+    return table.t().contiguous().t()

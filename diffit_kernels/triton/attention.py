@@ -24,8 +24,9 @@ _SMALL_BYTES = 8192
 # the sums are.
 _PROGRAMS = 1024
 
-# Numbers that a program of ``add_partials`` reads at once.
+# Numbers that a program of ``add_partials`` reads at once; parts and columns, of ``add_rows``.
 _PARTIALS = 4096
+_ROWS_PARTS, _ROWS_BLOCK = 8, 128
 
 
 def window_attention(
@@ -129,7 +130,7 @@ def _small_backward(
         **config,
     )
     grad_table = _grad_table(problem, table_partial, block // row, block // row)
-    return grad_table, _row_sum(q_partial, qkv), _row_sum(v_partial, qkv)
+    return grad_table, *_row_sums(problem, q_partial, v_partial, qkv)
 
 
 def _large_backward(
@@ -182,7 +183,7 @@ def _large_backward(
             **config,
         )
         grad_table = _grad_table(problem, partial, *rows)
-    return grad_table, _row_sum(q_partial, qkv), _row_sum(v_partial, qkv)
+    return grad_table, *_row_sums(problem, q_partial, v_partial, qkv)
 
 
 def _config(
@@ -280,5 +281,20 @@ def _row_partial(problem: WindowAttentionProblem, row: Tensor | None, parts: int
     return row.new_empty(problem.batch, parts, problem.dim, dtype=torch.float32)
 
 
-def _row_sum(partial: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if partial is None else partial.sum(dim=1).to(like.dtype)
+def _row_sums(
+    problem: WindowAttentionProblem, q_partial: Tensor | None, v_partial: Tensor | None, qkv: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the rows from what ``_row_partial`` made room for."""
+    parts = [partial.shape[1] for partial in (q_partial, v_partial) if partial is not None]
+    if not parts:
+        return None, None
+    grad_q_row, grad_v_row = (
+        None if partial is None else qkv.new_empty(problem.batch, problem.dim)
+        for partial in (q_partial, v_partial)
+    )
+    tiles.add_rows[(problem.batch, triton.cdiv(problem.dim, _ROWS_BLOCK))](
+        *(q_partial, v_partial, grad_q_row, grad_v_row, parts[0], problem.dim),
+        *(_ROWS_PARTS, _ROWS_BLOCK),
+        enable_fp_fusion=True,
+    )
+    return grad_q_row, grad_v_row

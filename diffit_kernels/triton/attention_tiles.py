@@ -254,3 +254,37 @@ def add_partials(
     pointers = grad_table + ((dy + WH - 1) * (2 * WW - 1) + dx) * heads + head
     sums = tl.sum(tl.sum(total, axis=0), axis=0)
     tl.store(pointers, sums, mask=(dx >= 0) & (dx < 2 * WW - 1))
+
+
+@triton.jit
+def add_rows(
+    q_partial,
+    v_partial,
+    grad_q_row,
+    grad_v_row,
+    parts,
+    dim,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the rows (B, C) from partials (B, parts, C), PARTS at a time."""
+    sample = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if q_partial is not None:
+        _add_row(q_partial, grad_q_row, sample, column, parts, dim, PARTS)
+    if v_partial is not None:
+        _add_row(v_partial, grad_v_row, sample, column, parts, dim, PARTS)
+
+
+@triton.jit
+def _add_row(partial, grad_row, sample, column, parts, dim, PARTS: tl.constexpr):
+    total = tl.zeros((PARTS, column.shape[0]), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        total += tl.load(
+            partial + (sample * parts + part)[:, None] * dim + column[None, :],
+            mask=(part < parts)[:, None] & (column < dim)[None, :],
+            other=0.0,
+        )
+    total = tl.sum(total, axis=0)
+    tl.store(grad_row + sample * dim + column, total.to(grad_row.dtype.element_ty), column < dim)

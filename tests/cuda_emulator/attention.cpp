@@ -44,6 +44,8 @@ int main(int argc, char** argv) {
     p.qkv_stride_token = 3 * dim;
     p.qkv_stride_batch = tokens * p.qkv_stride_token;
     p.table = table.data();
+    p.table_stride_row = p.heads;
+    p.table_stride_head = 1;
     p.q_row = q_row.data();
     p.v_row = v_row.data();
     p.row_stride_batch = dim;

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +148,6 @@ def words(weights: Path, out: Path, *arguments: str) -> list[str]:
     ]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in the processes that are started here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_goes_on_where_it_was_stopped(
     weights: Path, tmp_path: Path, capsys: Any, ending: int
@@ -187,7 +177,6 @@ def test_goes_on_where_it_was_stopped(
     assert not partial.exists()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_torchrun(weights: Path, tmp_path: Path) -> None:
     """Two processes make the pictures of one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
