@@ -67,7 +67,7 @@ def ranks(backend: str = "gloo") -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), size)
     finally:
         # A thread of gloo lets go of its last tensors once Python's lock is free, and a group that
-        # is deleted waits for that thread with the lock held: without this pause about one
-        # run in a hundred never ended.
+        # is deleted waits for that thread with the lock held: without this pause a run may
+        # never end.
         time.sleep(0.1)
         dist.destroy_process_group()
