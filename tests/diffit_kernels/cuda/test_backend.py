@@ -62,6 +62,7 @@ def test_auto_takes_what_was_measured_to_be_faster(
         (replace(CUDA, head_dim=12), "head width 12"),
         (replace(CUDA, head_dim=136), "head width 136"),
         (replace(CUDA, window_size=(1, 1025), grid_size=(1, 1025)), "more than 1024 tokens"),
+        (replace(CUDA, grid_size=(2**15, 2**15)), "2\\^30 tokens or more"),
         (replace(CUDA, device_type="cpu"), "on cpu"),
         (replace(MLP, dtype=torch.float64), "float64"),
     ],

@@ -1,0 +1,241 @@
+// Windows of the grid as the products take them: sizes rounded up, scratch memory, and the rows of a
+// group of heads packed from (B, L, 3C).
+#pragma once
+
+#include "gemm.h"
+#include "problem.h"
+
+namespace diffit {
+namespace {
+
+constexpr double log2_e = 1.4426950408889634;
+
+// Takes pieces off a block of scratch memory. The memory is zero when a thread begins, and an item
+// leaves what pads keys, values and queries at 0. Lanes of P and dS past the last query hold other
+// finite numbers; they meet zero rows of dO and Q.
+struct Arena {
+    uintptr_t base;
+    size_t used = 0;
+    explicit Arena(char* scratch) : base(reinterpret_cast<uintptr_t>(scratch)) {}
+    template <class T>
+    T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(base + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+template <class E>
+constexpr int block_of = E::vectors * W;  // queries in a block
+
+template <class E>
+struct Sizes {
+    static constexpr int NQ = block_of<E>;
+    int M, d, ww;
+    int m_rows, m_k, m_pad;  // window tokens as rows of A, as k, and as packed
+    int d_rows, d_k, d_pad;  // head width likewise
+
+    explicit Sizes(const WindowAttention& p)
+        : M(p.window_tokens()), d(p.head_dim), ww(p.window_width),
+          m_rows(round_up(M, E::m_align)), m_k(round_up(M, E::k_align)),
+          m_pad(round_up(M, E::pad)), d_rows(round_up(d, E::m_align)),
+          d_k(round_up(d, E::k_align)), d_pad(round_up(d, E::pad)) {}
+};
+
+// Where the tokens of a window lie in its sample, and their keys' rows in the expanded bias.
+struct Layout {
+    int64_t* token;
+    int32_t* bias;
+
+    Layout(Arena& arena, const WindowAttention& p)
+        : token(arena.take<int64_t>(p.window_tokens())),
+          bias(arena.take<int32_t>(p.window_tokens())) {}
+
+    void fill(const WindowAttention& p) const {
+        const int64_t ww = p.window_width, wh = p.window_height;
+        const bool biased = p.table != nullptr;
+        for (int64_t y = 0, i = 0; y < wh; ++y) {
+            for (int64_t x = 0; x < ww; ++x, ++i) {
+                token[i] = y * p.width + x;
+                bias[i] = biased ? static_cast<int32_t>(x * (2 * wh - 1) * ww + (wh - 1 - y) * ww)
+                                 : 0;
+            }
+        }
+    }
+};
+
+// A group of heads of one window, and where it begins.
+struct Group {
+    int64_t window, head, sample, token, column;
+
+    Group(const WindowAttention& p, int64_t window, int64_t head) : window(window), head(head) {
+        const int64_t per_sample = p.windows() / p.batch, columns = p.width / p.window_width;
+        const int64_t y = window % per_sample / columns, x = window % columns;
+        sample = window / per_sample;
+        token = y * p.window_height * p.width + x * p.window_width;
+        column = head * p.head_dim;
+    }
+
+    // The one that is computed next, or itself at the end.
+    Group next(const WindowAttention& p) const {
+        return {p, window + 1 < p.windows() ? window + 1 : window, head};
+    }
+
+    // Its first element in an input (B, L, ...).
+    template <class T>
+    const T* of(const void* x, int64_t stride_batch, int64_t stride_token) const {
+        return static_cast<const T*>(x) + sample * stride_batch + token * stride_token + column;
+    }
+};
+
+// Calls each(group) for the windows of an item.
+template <class Each>
+inline void for_each_window(const WindowAttention& p, int64_t item, const Each& each) {
+    const int64_t groups = p.heads / p.group, head = item % groups * p.group;
+    const int64_t first = item / groups * p.chunk;
+    for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) each(Group(p, w, head));
+}
+
+// out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
+template <class T, class U>
+inline void convert_row(U* out, const T* x, const float* add, float scale, int d) {
+    const auto convert = [&](int c, int n) {
+        vf v = load(x + c, n);
+        if (add) v += load(add + c);
+        store(out + c, v * scale, n);
+    };
+    int c = 0;
+    for (; c + W <= d; c += W) convert(c, W);
+    if (W > 8 && c < d) convert(c, 8);
+}
+
+template <class T, class U>
+inline void copy_row(U* out, const T* x, int d) {
+    convert_row(out, x, nullptr, 1.0f, d);
+}
+inline void copy_row(bf16* out, const bf16* x, int d) {
+    for (int c = 0; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
+}
+
+// With `write`, for a row that will be stored.
+template <int write = 0, class T>
+inline void prefetch_row(const T* x, int d) {
+    for (int c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c, write);
+}
+
+inline float* packed(float* a) { return a; }
+inline bf16* packed(uint16_t* a) { return reinterpret_cast<bf16*>(a); }
+
+// Walks over the rows of the next window while this one is computed, in the order of memory: one row
+// for every `blocks` calls, so that the calls of all heads and blocks of queries take each row once.
+class Ahead {
+public:
+    Ahead(int heads, int blocks) : heads_(heads), blocks_(blocks) {}
+
+    // touch(token of the window, head of the group)
+    template <class Touch>
+    void step(const Touch& touch) {
+        if (++calls_ < blocks_) return;
+        calls_ = 0;
+        touch(token_, head_);
+        if (++head_ < heads_) return;
+        head_ = 0;
+        ++token_;
+    }
+
+private:
+    int heads_, blocks_, calls_ = 0, head_ = 0, token_ = 0;
+};
+
+// The rows of a group of heads, one head after the other.
+template <class A>
+struct Rows {
+    A* data;
+    int64_t head_stride;
+    int stride;
+
+    Rows(Arena& arena, int64_t heads, int rows, int stride)
+        : data(arena.take<A>(heads * rows * stride)), head_stride(int64_t(rows) * stride),
+          stride(stride) {}
+
+    A* head(int64_t h) const { return data + h * head_stride; }
+
+    // Row r of every head from x (heads, d), in the order of memory.
+    template <class T>
+    void copy(int64_t r, const T* x, int64_t heads, int d) const {
+        for (int64_t h = 0; h < heads; ++h) copy_row(packed(head(h) + r * stride), x + h * d, d);
+    }
+    // The same of scale * (x + add).
+    template <class T>
+    void convert(int64_t r, const T* x, const float* add, float scale, int64_t heads,
+                 int d) const {
+        for (int64_t h = 0; h < heads; ++h)
+            convert_row(packed(head(h) + r * stride), x + h * d, add + h * d, scale, d);
+    }
+};
+
+// a^T as B: k over the columns of a.
+template <class E>
+inline void columns_as_b(const typename E::A* a, int lda, int rows, int columns,
+                         typename E::B* b, int ldb) {
+    transpose(a, lda / E::pair, b, ldb, rows, round_up(columns / E::pair, W));
+}
+
+// a^T as A: k over the rows of a. `spare` holds as much as a.
+template <class E>
+inline void columns_as_a(const typename E::A* a, int lda, int rows, int columns,
+                         typename E::A* out, int ldo, typename E::B* spare) {
+    const typename E::B* b = E::rows_as_b(a, lda, rows, columns, spare);
+    transpose(b, lda, out, ldo / E::pair, rows / E::pair, columns);
+}
+
+// Row of a sample, as floats; zeros where there is none.
+template <class T>
+inline void load_row(float* out, const void* row, int64_t offset, int64_t d) {
+    if (row) {
+        copy_row(out, static_cast<const T*>(row) + offset, d);
+    } else {
+        std::memset(out, 0, d * sizeof(float));
+    }
+}
+
+// Packed rows of a group of heads of a window, and what a block of queries needs.
+template <class E>
+struct Operands {
+    static constexpr int NQ = block_of<E>;
+    using A = typename E::A;
+    using B = typename E::B;
+    Layout layout;
+    Rows<A> queries, keys, values;
+    B *queries_t, *spare;
+    float *q_row, *logits, *result, *transposed;
+
+    Operands(Arena& arena, const WindowAttention& p, const Sizes<E>& s)
+        : layout(arena, p), queries(arena, p.group, s.m_pad, s.d_pad),
+          keys(arena, p.group, s.m_pad, s.d_pad), values(arena, p.group, s.m_pad, s.d_pad) {
+        queries_t = arena.take<B>(round_up(s.d_pad, W * E::pair) * NQ);
+        spare = arena.take<B>(int64_t(s.m_pad > NQ ? s.m_pad : NQ) * s.d_pad);
+        q_row = arena.take<float>(p.group * s.d + W);
+        logits = arena.take<float>(int64_t(s.m_pad) * NQ);
+        result = arena.take<float>(int64_t(s.d_pad) * NQ);
+        transposed = arena.take<float>(int64_t(s.d_pad) * NQ);
+    }
+
+    // The group's rows; queries in base 2. Memory is read in its own order, all heads of a token
+    // together: the hardware follows that, and by heads it would come at half the speed.
+    template <class T>
+    void pack(const WindowAttention& p, const Sizes<E>& s, const Group& group) const {
+        const T* q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
+        const float scale = static_cast<float>(p.scale * log2_e);
+        load_row<T>(q_row, p.q_row, group.sample * p.row_stride_batch + group.column, p.group * s.d);
+        for (int r = 0; r < s.M; ++r) {
+            const T* row = q + layout.token[r] * p.qkv_stride_token;
+            queries.convert(r, row, q_row, scale, p.group, s.d);
+            keys.copy(r, row + p.dim(), p.group, s.d);
+            values.copy(r, row + 2 * p.dim(), p.group, s.d);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace diffit
