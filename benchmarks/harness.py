@@ -50,8 +50,10 @@ class Timing:
         return statistics.median(theirs / mine for mine, theirs in pairs)
 
 
-def timed(call: Call, device: torch.device) -> float:
-    """Seconds of one call; on a GPU between two of its events."""
+def timed(call: Call, device: torch.device, before: Call | None = None) -> float:
+    """Seconds of one call, after an untimed one; on a GPU between two of its events."""
+    if before is not None:
+        before()
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -72,11 +74,13 @@ def interleave(
     min_rounds: int,
     max_rounds: int,
     warm_up: bool = True,
+    before: Call | None = None,
 ) -> dict[str, Timing]:
     """Time all calls once in every round, so that a drift of the machine meets them alike.
 
-    One round warms up, unless all are warm. Rounds, each beginning with the next call, go on for
-    ``seconds``, at least ``min_rounds`` and at most ``max_rounds`` (both at least 2).
+    ``before`` comes before each of them, untimed. One round warms up, unless all are warm. Rounds,
+    each beginning with the next call, go on for ``seconds``, at least ``min_rounds`` and at most
+    ``max_rounds`` (both at least 2).
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -88,7 +92,7 @@ def interleave(
             break
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(timed(calls[name], device))
+            samples[name].append(timed(calls[name], device, before))
     return {name: Timing(tuple(rounds)) for name, rounds in samples.items()}
 
 
