@@ -12,31 +12,32 @@ namespace diffit::cuda {
 // Rows of the tiles that come one after another; fewer where shared memory is short.
 template <int D>
 constexpr int forward_keys = D <= 112 ? 64 : 32;
+// Blocks that a multiprocessor holds at once.
+constexpr int forward_blocks = 2;
+// Groups of 16 queries of a warp: what is loaded of a key serves them all.
+template <int D>
+constexpr int forward_groups = D <= 80 ? 2 : 1;
 
 DEVICE int tiles_of(const Window& window, int rows) { return (window.slots + rows - 1) / rows; }
 
-// What a block of one tile of one window works on. Work is counted as tiles, heads, windows,
-// samples, the first fastest: blocks that run together read the same rows.
+// What a block works on: one tile of one head, in every splits-th window. Windows are counted over
+// all samples. The tiles of a head come first: blocks that run together read the same rows.
 struct LargeWork {
     int slot;  // the first of the tile
-    int head, sample, part;  // part: tile of the sample
-    Window window;
+    int tile, head, split, splits, windows;
 
-    DEVICE explicit LargeWork(const WindowAttention& p) : window(p, 0) {
-        const int tiles = tiles_of(window, block_rows), heads = static_cast<int>(p.heads),
-                  windows = windows_of(p), tile = block_index() % tiles;
-        int index = block_index() / tiles;
-        head = index % heads;
-        index /= heads;
-        sample = index / windows;
-        slot = tile * block_rows;
-        part = index % windows * tiles + tile;
-        window = Window(p, index % windows);
+    DEVICE LargeWork(const WindowAttention& p, const Window& shape, int rows)
+        : splits(static_cast<int>(p.splits)), windows(static_cast<int>(p.batch) * windows_of(p)) {
+        const int tiles = tiles_of(shape, rows), heads = static_cast<int>(p.heads);
+        tile = block_index() % tiles;
+        slot = tile * rows;
+        head = block_index() / tiles % heads;
+        split = block_index() / tiles / heads;
     }
 };
 
 // Slots of whole tiles.
-BOTH constexpr int padded_slots(int slots) { return (slots + block_rows - 1) / block_rows * block_rows; }
+BOTH constexpr int padded_slots(int slots) { return (slots + 127) / 128 * 128; }
 
 // Where the slots of a window are: in a table, since every tile looks them up. After the last slot
 // come more of the same, to the end of its tile.
@@ -82,19 +83,19 @@ struct TokenRows {
     }
 };
 
-// Where a head of a window of a sample is.
+// Where a head of a window is, of those of all samples.
 struct Head {
     const WindowAttention& p;
-    int sample, head, first;  // first: token of slot 0
+    int sample, window, head, first;  // window: of the sample; first: token of slot 0
     TokenRows q, k, v, grad_out;
     TokenRows q_with_row;  // where large_backward_q has been
 
-    DEVICE Head(const WindowAttention& problem, int sample_index, int head_index,
-                const Window& window)
+    DEVICE Head(const WindowAttention& problem, int index, int head_index)
         : p(problem),
-          sample(sample_index),
+          sample(index / windows_of(p)),
+          window(index % windows_of(p)),
           head(head_index),
-          first(window.first),
+          first(Window(p, window).first),
           q(p.qkv + sample * p.qkv_stride_batch + first * p.qkv_stride_token + head * p.head_dim,
             p.qkv_stride_token),
           k(q.at(dim_of(p))),
@@ -133,65 +134,92 @@ DEVICE void copy_slots(Shared<uint16_t> to, const Slots& slots, int first, int64
     });
 }
 
+// Bytes of the table and of where the slots are.
+BOTH constexpr int large_shared(int height, int width) {
+    return (table_size(table_rows(height, width)) + padded_slots(height * width)) * 4;
+}
 template <int D>
-constexpr int large_forward_shared(int table_rows, int slots) {
-    return tile_size<D>(block_rows + 4 * forward_keys<D>) * 2 +
-           (table_size(table_rows) + padded_slots(slots)) * 4;
+constexpr int large_forward_shared(int height, int width) {
+    return tile_size<D>(forward_groups<D> * block_rows + 4 * forward_keys<D>) * 2 + large_shared(height, width);
 }
 
+// A block has done with the queries in shared memory as soon as its warps have them in registers, so the
+// first tiles of its next window come while it computes with the last ones of this.
 template <class T, int D>
-__global__ void __launch_bounds__(threads, blocks_at_once<D>) large_forward(const WindowAttention p) {
-    constexpr int N = forward_keys<D>;
-    const LargeWork work(p);
-    const Window& window = work.window;
-    const Head head(p, work.sample, work.head, window);
-    const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
+__global__ void __launch_bounds__(threads, forward_blocks) large_forward(const WindowAttention p) {
+    constexpr int R = forward_groups<D>, N = forward_keys<D>, rows = R * block_rows;
+    const Window shape(p, 0);
+    const LargeWork work(p, shape, rows);
+    const int head_dim = static_cast<int>(p.head_dim), own = 16 * R * warp(),
+              tiles = tiles_of(shape, N);
     const auto table = shared_memory<float>();
-    const Slots slots((table + table_size(window.table_rows())).template as<int>(), window);
+    const Slots slots((table + table_size(shape.table_rows())).template as<int>(), shape);
     const auto q = (slots.offsets + padded_slots(slots.count)).template as<uint16_t>(),
-               keys = q + tile_size<D>(block_rows);  // k and v, twice
-    load_table(table, p, work.head, window.table_rows());
-    block_barrier();
-
-    copy_slots<D, block_rows>(q, slots, work.slot, p.head_dim, head.q);
+               keys = q + tile_size<D>(rows);  // k and v, twice
     const auto place = [&](int step) { return keys + tile_size<D>(step % 2 * 2 * N); };
-    const auto copy = [&](int tile) {
-        if (tile * N < slots.count)
-            copy_slots<D, N>(place(tile), slots, tile * N, p.head_dim, head.k, head.v);
-        commit_copies();
+    const auto copy_first = [&](int window, int step) {
+        const Head head(p, window, work.head);
+        copy_slots<D, rows>(q, slots, work.slot, p.head_dim, head.q);
+        copy_slots<D, N>(place(step), slots, 0, p.head_dim, head.k, head.v);
     };
-    copy(0);
-    copy(1);
-    wait_for_copies<1>();
-    if (p.q_row) add_row<T, D>(q, block_rows, head_dim, p.q_row + head.in_row());
+    load_table(table, p, work.head, shape.table_rows());
     block_barrier();
-    const OwnRows<D> own_q(q + own * row_stride<D>);
+    copy_first(work.split, 0);
+    commit_copies();
 
-    float o[D / 8][4], m[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-    zero(o);
-    const int tiles = tiles_of(window, N);
-    for (int tile = 0; tile < tiles; ++tile) {
-        wait_for_copies<1>();
+    for (int window = work.split, step = 0; window < work.windows; window += work.splits) {
+        const Head head(p, window, work.head);
+        wait_for_copies<0>();
+        if (p.q_row) add_row<T, D>(q, rows, head_dim, p.q_row + head.in_row());
         block_barrier();
-        const auto k = place(tile), v = k + tile_size<D>(N);
-        float s[N / 8][4], decay[2];
-        product<T, N, D>(s, own_q, k);
-        add_bias<false>(s, static_cast<float>(p.scale), window, p.table, table, work.slot + own,
-                        tile * N);
-        softmax_step(s, m, total, decay);
-        scale_rows(o, decay);
-        accumulate<T, N, D>(o, s, v);
-        block_barrier();  // the tile after the next takes the place of this one
-        copy(tile + 2);
-    }
+        uint32_t own_q[R][D / 16][4];
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k)
+                load_a<D>(own_q[r][k], q + ((own + 16 * r) * row_stride<D> + 16 * k));
 
-    const float inverse[2] = {1 / total[0], 1 / total[1]};
-    scale_rows(o, inverse);
-    if (p.v_row) add_to_rows<T, D>(o, p.v_row + head.in_row(), head_dim);
-    store_rows<T, D>(q + own * row_stride<D>, o, head_dim,
-                     LargeRows<uint16_t>{slots, p.out + head.in_result(1), dim_of(p),
-                                         work.slot + own});
-    store_lse(LargeRows<float>{slots, p.lse + head.in_lse(), 1, work.slot + own}, m, total);
+        float o[R][D / 8][4], m[R][2], total[R][2];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            zero(o[r]);
+            for (int i = 0; i < 2; ++i) m[r][i] = -INFINITY, total[r][i] = 0;
+        }
+        for (int tile = 0; tile < tiles; ++tile, ++step) {
+            if (tile) {
+                wait_for_copies<0>();
+                block_barrier();
+            }
+            // All have left the tile before: the next one takes its place.
+            if (tile + 1 < tiles)
+                copy_slots<D, N>(place(step + 1), slots, (tile + 1) * N, p.head_dim, head.k, head.v);
+            else if (window + work.splits < work.windows)
+                copy_first(window + work.splits, step + 1);
+            commit_copies();
+            const auto k = place(step), v = k + tile_size<D>(N);
+            float s[R][N / 8][4];
+            product<T, R, N, D>(s, own_q, k);
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+                float decay[2];
+                add_bias<false>(s[r], static_cast<float>(p.scale), shape, p.table, table,
+                                work.slot + own + 16 * r, tile * N);
+                softmax_step(s[r], m[r], total[r], decay);
+                if (decay[0] != 1 || decay[1] != 1) scale_rows(o[r], decay);
+            }
+            accumulate<T, R, N, D>(o, s, v);
+        }
+
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            const float inverse[2] = {1 / total[r][0], 1 / total[r][1]};
+            const int first = opaque(work.slot + own + 16 * r);  // not in a register until here
+            scale_rows(o[r], inverse);
+            if (p.v_row) add_to_rows<T, D>(o[r], p.v_row + head.in_row(), head_dim);
+            store_directly<T, D>(o[r], head_dim, LargeRows<uint16_t>{slots, p.out + head.in_result(1), dim_of(p), first});
+            store_lse(LargeRows<float>{slots, p.lse + head.in_lse(), 1, first}, m[r], total[r]);
+        }
+    }
 }
 
 }  // namespace diffit::cuda

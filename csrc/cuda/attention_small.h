@@ -48,8 +48,8 @@ struct SmallRows {
 };
 
 template <int D>
-constexpr int small_forward_shared(int table_rows, int) {
-    return 3 * tile_size<D>(block_rows) * 2 + (block_rows + table_size(table_rows)) * 4;
+constexpr int small_forward_shared(int height, int width) {
+    return 3 * tile_size<D>(block_rows) * 2 + (block_rows + table_size(table_rows(height, width))) * 4;
 }
 
 template <class T, int D, int N>
@@ -103,10 +103,10 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
 }
 
 template <int D, int N>
-constexpr int small_backward_shared(int table_rows, int) {
+constexpr int small_backward_shared(int height, int width) {
     const int tiles = (4 * tile_size<D>(block_rows) + 2 * tile_size<N>(block_rows)) * 2;
     const int floats = block_rows * float_stride<N> * 4;  // take their place at the end
-    return (tiles > floats ? tiles : floats) + (block_rows + table_size(table_rows)) * 4;
+    return (tiles > floats ? tiles : floats) + (block_rows + table_size(table_rows(height, width))) * 4;
 }
 
 template <class T, int D, int N>
@@ -114,18 +114,17 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
     const SmallWork<N> work(p);
     const Window window(p, 0);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
-    const int table_rows = window.table_rows();
-    const int dim = dim_of(p), column = work.head * head_dim;
+    const int rows = window.table_rows(), dim = dim_of(p), column = work.head * head_dim;
     const auto token_of = shared_memory<int>();
     const auto table = (token_of + block_rows).template as<float>();
-    const auto q = (table + table_size(table_rows)).template as<uint16_t>(),
+    const auto q = (table + table_size(rows)).template as<uint16_t>(),
                k = q + tile_size<D>(block_rows), v = k + tile_size<D>(block_rows),
                grad = v + tile_size<D>(block_rows), prob = grad + tile_size<D>(block_rows),
                grad_s = prob + tile_size<N>(block_rows);
     const uint16_t* qkv = p.qkv + work.sample * p.qkv_stride_batch + column;
     const uint16_t* grad_out = p.grad_out + work.sample * p.grad_out_stride_batch + column;
     uint16_t* grad_qkv = p.grad_qkv + int64_t{work.sample} * tokens_of(p) * 3 * dim + column;
-    load_table(table, p, work.head, table_rows);
+    load_table(table, p, work.head, rows);
 
     float grad_logits[N / 8][4], q_sum = 0, v_sum = 0;
     zero(grad_logits);
@@ -202,8 +201,8 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
     const auto floats = q.template as<float>();
     store_floats<N>(floats, grad_logits);
     block_barrier();
-    float* part = p.table_part + (work.head * p.batch * p.splits + work.part) * table_rows;
-    for (int r = thread_index(); r < table_rows; r += threads) {
+    float* part = p.table_part + (work.head * p.batch * p.splits + work.part) * rows;
+    for (int r = thread_index(); r < rows; r += threads) {
         float sum = 0;
         for (int row = 0; row < block_rows; row += N)
             sum += fold<N>(floats + row * float_stride<N>, N, window, 0, 0, r);

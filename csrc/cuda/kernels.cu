@@ -20,11 +20,11 @@ const Kernels DIFFIT_KERNELS{
       small_backward_shared<DIFFIT_WIDTH, 64>}},
     {"large_forward", large_forward<DIFFIT_TYPE, DIFFIT_WIDTH>, large_forward_shared<DIFFIT_WIDTH>},
     {"large_backward_q", large_backward_q<DIFFIT_TYPE, DIFFIT_WIDTH>,
-     large_backward_shared<DIFFIT_WIDTH>},
+     large_backward_q_shared<DIFFIT_WIDTH>},
     {"large_backward_kv", large_backward_kv<DIFFIT_TYPE, DIFFIT_WIDTH>,
      large_backward_kv_shared<DIFFIT_WIDTH>},
-    {"large_backward_table", large_backward_table<DIFFIT_TYPE, DIFFIT_WIDTH>,
-     large_backward_table_shared<DIFFIT_WIDTH>},
+    forward_groups<DIFFIT_WIDTH> * block_rows,
+    forward_blocks,
 };
 
 }  // namespace diffit::cuda

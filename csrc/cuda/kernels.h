@@ -10,13 +10,14 @@ namespace diffit::cuda {
 struct Kernel {
     const char* name;
     void (*function)(const WindowAttention);
-    int (*shared_bytes)(int table_rows, int slots);
+    int (*shared_bytes)(int window_height, int window_width);
 };
 
 struct Kernels {
     // For windows of at most 16 and 64 tokens.
     Kernel small_forward[2], small_backward[2];
-    Kernel large_forward, large_backward_q, large_backward_kv, large_backward_table;
+    Kernel large_forward, large_backward_q, large_backward_kv;
+    int large_forward_rows, large_forward_at_once;  // of a block; blocks of a multiprocessor
 };
 
 }  // namespace diffit::cuda

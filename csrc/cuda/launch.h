@@ -13,6 +13,20 @@
 
 namespace diffit::cuda {
 
+// Of the current device.
+inline int multiprocessors() {
+#if defined(__CUDACC__)
+    int device = 0, count = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+    return count;
+#else
+    return 2;
+#endif
+}
+
 // Throws std::runtime_error with the configuration of the launch. Asks for no memory and waits for
 // nothing, so a CUDA graph can capture it.
 template <class... Arguments>

@@ -35,6 +35,7 @@ struct WindowAttention {
     float* workspace;      // workspace_size() numbers
 
     // Filled in by the launchers.
+    int64_t windows, windows_across;  // of a sample, and side by side
     int64_t splits, steps;       // parts of a sample, and what each of them does one after another
     float *weight, *delta;       // (B, heads, L): 1 / sum of a row, and rowsum(P dP)
     uint16_t* q;                 // (B, L, C): q + q_row, null without q_row

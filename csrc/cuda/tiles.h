@@ -17,9 +17,6 @@ namespace diffit::cuda {
 
 constexpr int warps = 4, threads = 32 * warps;
 constexpr int block_rows = 16 * warps;  // rows of a block, 16 to a warp
-// Blocks that a multiprocessor shall hold at once: so many leave their registers to as many as fit.
-template <int D>
-constexpr int blocks_at_once = D <= 80 ? 3 : 2;
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 template <int D>
@@ -127,12 +124,28 @@ DEVICE void store_rows(Shared<uint16_t> tile, const float (&x)[D / 8][4], int he
                        const To& to) {
     store_halves<T, D>(tile, x);
     warp_barrier();
-    for (int unit = lane(); unit < 16 * (D / 8); unit += 32) {
+    // Opaque: addresses that are known before a loop are not kept in registers through it.
+    for (int unit = opaque(lane()); unit < 16 * (D / 8); unit += 32) {
         const int r = unit / (D / 8), c = unit % (D / 8) * 8;
         uint16_t* target = to(r);
         if (target && c < head_dim)
             *reinterpret_cast<Chunk*>(target + c) =
                 load((tile + (r * row_stride<D> + c)).template as<Chunk>());
+    }
+}
+
+// The same without a tile: pairs of columns from registers.
+template <class T, int D, class To>
+DEVICE void store_directly(const float (&x)[D / 8][4], int head_dim, const To& to) {
+    for (int i = 0; i < 4; i += 2) {
+        uint16_t* target = to(row_slot(0, i));
+        if (!target) continue;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            const int column = column_slot(0, n, 0);
+            if (column < head_dim)
+                *reinterpret_cast<uint32_t*>(target + column) = T::pack(x[n][i], x[n][i + 1]);
+        }
     }
 }
 
@@ -195,20 +208,7 @@ DEVICE void zero(float (&c)[N][4]) {
         for (int i = 0; i < 4; ++i) c[n][i] = 0;
 }
 
-// 16 rows of a warp as the first operand of many products: in registers, where they have room.
-template <int D>
-struct OwnRows {
-    static constexpr bool kept = D <= 96;
-    Shared<uint16_t> tile;
-    uint32_t fragments[kept ? D / 16 : 1][4];
-
-    DEVICE explicit OwnRows(Shared<uint16_t> rows) : tile(rows) {
-        if constexpr (kept)
-#pragma unroll
-            for (int k = 0; k < D / 16; ++k) load_a<D>(fragments[k], tile + 16 * k);
-    }
-};
-
+// c (16, N) += a (16, 16) b^T, b (N, 16).
 template <class T, int N, int D>
 DEVICE void multiply_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], Shared<uint16_t> b) {
 #pragma unroll
@@ -232,37 +232,87 @@ DEVICE void product(float (&c)[N / 8][4], Shared<uint16_t> a, Shared<uint16_t> b
     }
 }
 
+// c = a b^T and d = e f^T side by side: while one waits for its loads, the other multiplies.
 template <class T, int N, int D>
-DEVICE void product(float (&c)[N / 8][4], const OwnRows<D>& a, Shared<uint16_t> b) {
+DEVICE void two_products(float (&c)[N / 8][4], Shared<uint16_t> a, Shared<uint16_t> b,
+                         float (&d)[N / 8][4], Shared<uint16_t> e, Shared<uint16_t> f) {
     zero(c);
-    if constexpr (OwnRows<D>::kept) {
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k) multiply_rows<T, N, D>(c, a.fragments[k], b + 16 * k);
-    } else {
-        product<T, N, D>(c, a.tile, b);
+    zero(d);
+#pragma unroll 1
+    for (int k = 0; k < D; k += 16) {
+        uint32_t x[4], y[4];
+        load_a<D>(x, a + k);
+        load_a<D>(y, e + k);
+        multiply_rows<T, N, D>(c, x, b + k);
+        multiply_rows<T, N, D>(d, y, f + k);
     }
 }
-template <class T, int D>
-DEVICE void multiply_columns(float (&c)[D / 8][4], const uint32_t (&a)[4], Shared<uint16_t> b) {
+
+// c (16 R, N) = a (16 R, D) b^T, b (N, D): R groups of rows, in registers, and what is loaded of b serves
+// all of them.
+template <class T, int R, int N, int D>
+DEVICE void product(float (&c)[R][N / 8][4], const uint32_t (&a)[R][D / 16][4], Shared<uint16_t> b) {
+    for (int r = 0; r < R; ++r) zero(c[r]);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t y[4];
+            load_b<D>(y, b + (n * row_stride<D> + 16 * k));
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+                T::mma(c[r][n / 8], a[r][k], y);
+                T::mma(c[r][n / 8 + 1], a[r][k], y + 2);
+            }
+        }
+}
+
+// An accumulator as the only one of a group.
+template <int N>
+DEVICE float (&alone(float (&c)[N][4]))[1][N][4] {
+    return reinterpret_cast<float (&)[1][N][4]>(c);
+}
+template <int N>
+DEVICE const float (&alone(const float (&c)[N][4]))[1][N][4] {
+    return reinterpret_cast<const float (&)[1][N][4]>(c);
+}
+
+// c (16 R, D) += a (16 R, 16) b, b (16, D).
+template <class T, int R, int D>
+DEVICE void multiply_columns(float (&c)[R][D / 8][4], const uint32_t (&a)[R][4], Shared<uint16_t> b) {
 #pragma unroll
     for (int n = 0; n < D; n += 16) {
         uint32_t y[4];
         load_b_transposed<D>(y, b + n);
-        T::mma(c[n / 8], a, y);
-        T::mma(c[n / 8 + 1], a, y + 2);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            T::mma(c[r][n / 8], a[r], y);
+            T::mma(c[r][n / 8 + 1], a[r], y + 2);
+        }
     }
 }
 
-// c (16, D) += a (16, K) b (K, D), a an accumulator.
-template <class T, int K, int D>
-DEVICE void accumulate(float (&c)[D / 8][4], const float (&a)[K / 8][4], Shared<uint16_t> b) {
+// c (16 R, D) += a (16 R, K) b (K, D), a an accumulator.
+template <class T, int R, int K, int D>
+DEVICE void accumulate(float (&c)[R][D / 8][4], const float (&a)[R][K / 8][4], Shared<uint16_t> b) {
 #pragma unroll
     for (int k = 0; k < K / 8; k += 2) {
-        // Two neighbours along n have the layout of a first operand along k.
-        const uint32_t x[4] = {T::pack(a[k][0], a[k][1]), T::pack(a[k][2], a[k][3]),
-                               T::pack(a[k + 1][0], a[k + 1][1]), T::pack(a[k + 1][2], a[k + 1][3])};
-        multiply_columns<T, D>(c, x, b + k * 8 * row_stride<D>);
+        uint32_t x[R][4];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            // Two neighbours along n have the layout of a first operand along k.
+            x[r][0] = T::pack(a[r][k][0], a[r][k][1]);
+            x[r][1] = T::pack(a[r][k][2], a[r][k][3]);
+            x[r][2] = T::pack(a[r][k + 1][0], a[r][k + 1][1]);
+            x[r][3] = T::pack(a[r][k + 1][2], a[r][k + 1][3]);
+        }
+        multiply_columns<T, R, D>(c, x, b + k * 8 * row_stride<D>);
     }
+}
+
+template <class T, int K, int D>
+DEVICE void accumulate(float (&c)[D / 8][4], const float (&a)[K / 8][4], Shared<uint16_t> b) {
+    accumulate<T, 1, K, D>(alone(c), alone(a), b);
 }
 
 // c (16, D) = a^T b, a (K, 16) with rows of a tile of width W, b (K, D).
@@ -271,9 +321,9 @@ DEVICE void product_transposed(float (&c)[D / 8][4], Shared<uint16_t> a, Shared<
     zero(c);
 #pragma unroll 1
     for (int k = 0; k < K; k += 16) {
-        uint32_t x[4];
-        load_a_transposed<W>(x, a + k * row_stride<W>);
-        multiply_columns<T, D>(c, x, b + k * row_stride<D>);
+        uint32_t x[1][4];
+        load_a_transposed<W>(x[0], a + k * row_stride<W>);
+        multiply_columns<T, 1, D>(alone(c), x, b + k * row_stride<D>);
     }
 }
 
@@ -304,6 +354,7 @@ DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool b
     const int last = window.slots - 1;
     // In a loop over windows the offsets are always the same, and too many to keep in registers.
     first_column = opaque(first_column);
+    first_row = opaque(first_row);
     int row_position[2];
     for (int r = 0; r < 2; ++r) {
         const int slot = row_slot(first_row, 2 * r);
@@ -343,8 +394,13 @@ DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool b
     }
 }
 
-// One step of a softmax over columns that come in parts: s becomes exp2(s - m), with m and total of
-// all columns so far, and decay the factor of what was summed before.
+// How far logits in base 2 may rise before what was summed is rescaled: exp2 of it is no large number
+// in any dtype.
+constexpr float rise = 8;
+
+// One step of a softmax over columns that come in parts: s becomes exp2(s - m), with m near the
+// maximum of all columns so far, total their sum, and decay the factor of what was summed before: 1
+// where m is still near enough.
 template <int N>
 DEVICE void softmax_step(float (&s)[N][4], float (&m)[2], float (&total)[2], float (&decay)[2]) {
     float next[2] = {m[0], m[1]}, sum[2] = {0, 0};
@@ -354,6 +410,7 @@ DEVICE void softmax_step(float (&s)[N][4], float (&m)[2], float (&total)[2], flo
     float shift[2];
     for (int r = 0; r < 2; ++r) {
         next[r] = row_max(next[r]);
+        if (next[r] <= m[r] + rise) next[r] = m[r];
         // The bias may mask every key so far: -inf less -inf is no number.
         shift[r] = next[r] == -INFINITY ? 0 : next[r];
         decay[r] = exp2_fast(m[r] - shift[r]);

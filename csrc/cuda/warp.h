@@ -62,6 +62,12 @@ DEVICE uint32_t shared_address(Shared<T> p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p.data));
 }
 
+// *to += value, which nobody waits for.
+DEVICE void add_async(float* to, float value) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value)
+                 : "memory");
+}
+
 // Copies 16 bytes in the background, or writes zeros where `live` is false and reads nothing.
 DEVICE void copy_async(Shared<uint16_t> to, const uint16_t* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "diagonals.h"
 #include "kernels.h"
 #include "launch.h"
 #include "sum_parts.h"
@@ -30,29 +31,39 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The problem and how it is cut: by its shape alone, so that sums are the same on every device.
 struct Plan {
     WindowAttention p;
-    int64_t window_tokens, table_rows, samples_windows, tokens, q_tiles, row_parts, table_parts;
+    int64_t window_tokens, tokens, row_parts;
+    int64_t table_splits, table_keys, table_length;  // parts of a group of keys; keys and numbers of one
     bool small;
 
     explicit Plan(const WindowAttention& problem) : p(problem) {
+        const int height = static_cast<int>(p.window_height), width = static_cast<int>(p.window_width);
         window_tokens = p.window_height * p.window_width;
-        table_rows = (2 * p.window_height - 1) * (2 * p.window_width - 1);
         tokens = p.grid_height * p.grid_width;
-        const int64_t windows = tokens / window_tokens;
-        samples_windows = p.batch * windows;
-        q_tiles = ceil_div(window_tokens, block_rows);
+        p.windows = tokens / window_tokens;
+        p.windows_across = p.grid_width / p.window_width;
         small = window_tokens <= block_rows;
         if (small) {
-            const int64_t groups = ceil_div(windows, window_tokens <= 16 ? block_rows / 16 : 1);
+            const int64_t groups = ceil_div(p.windows, window_tokens <= 16 ? block_rows / 16 : 1);
             p.steps = ceil_div(groups, ceil_div(p.blocks, p.batch * p.heads));
             p.splits = ceil_div(groups, p.steps);
             row_parts = p.splits;
-            table_parts = p.batch * p.splits;
+            table_splits = p.batch * p.splits;
+            table_keys = window_tokens;
+            table_length = table_rows(height, width);
         } else {
-            // For the table a few windows to a block: their sum is put onto it once.
-            p.splits = std::min(samples_windows, ceil_div(p.blocks / 4, p.heads * q_tiles));
-            row_parts = windows * q_tiles;
-            table_parts = p.splits * q_tiles;
+            cut(block_rows, p.blocks);
+            row_parts = p.windows * ceil_div(window_tokens, block_rows);
+            table_keys = 16;
+            table_splits = p.splits;
+            table_length = table_part_size(height, width);
         }
+    }
+
+    // Blocks of a large kernel with so many rows to a block, about `wanted`; and the splits for them.
+    int64_t cut(int rows, int64_t wanted) {
+        const int64_t blocks = ceil_div(window_tokens, rows) * p.heads;
+        p.splits = std::clamp<int64_t>(wanted / blocks, 1, p.batch * p.windows);
+        return blocks * p.splits;
     }
 
     // Gives each part of the workspace its place; returns the numbers in all of them.
@@ -65,27 +76,43 @@ struct Plan {
         take(p.q, !small && p.q_row, (p.batch * tokens * dim_of(p) + 1) / 2);  // first: it is aligned
         take(p.weight, !small, p.batch * p.heads * tokens);
         take(p.delta, !small, p.batch * p.heads * tokens);
-        take(p.table_part, p.grad_table, p.heads * table_parts * table_rows);
+        take(p.table_part, p.grad_table,
+             p.heads * table_splits * ceil_div(window_tokens, table_keys) * table_length);
         take(p.q_part, p.grad_q_row, p.batch * row_parts * dim_of(p));
         take(p.v_part, p.grad_v_row, p.batch * row_parts * dim_of(p));
         return used;
     }
 
+    int shared_bytes(const Kernel& kernel) const {
+        return kernel.shared_bytes(static_cast<int>(p.window_height), static_cast<int>(p.window_width));
+    }
+
     void run(const Kernel& kernel, int64_t blocks, void* stream) const {
-        launch(kernel.name, kernel.function, blocks, threads,
-               kernel.shared_bytes(static_cast<int>(table_rows), static_cast<int>(window_tokens)),
-               stream, p);
+        launch(kernel.name, kernel.function, blocks, threads, shared_bytes(kernel), stream, p);
     }
 };
 
-void forward(const WindowAttention& problem, void* stream) {
+// Of the kernel that needs most, forward and backward.
+int shared_bytes(const WindowAttention& problem) {
     const Plan plan(problem);
+    const Kernels& kernels = kernels_of(problem);
+    const int index = plan.window_tokens > 16;
+    const auto bytes = [&](auto&... of) { return std::max({plan.shared_bytes(of)...}); };
+    return plan.small ? bytes(kernels.small_forward[index], kernels.small_backward[index])
+                      : bytes(kernels.large_forward, kernels.large_backward_q, kernels.large_backward_kv);
+}
+
+void forward(const WindowAttention& problem, void* stream) {
+    Plan plan(problem);
     const WindowAttention& p = plan.p;
     const Kernels& kernels = kernels_of(p);
     if (plan.small)
         plan.run(kernels.small_forward[plan.window_tokens > 16], p.heads * p.batch * p.splits, stream);
     else
-        plan.run(kernels.large_forward, plan.q_tiles * p.heads * plan.samples_windows, stream);
+        // As many as run at once: each has its next window copied while it computes.
+        plan.run(kernels.large_forward,
+                 plan.cut(kernels.large_forward_rows, kernels.large_forward_at_once * multiprocessors()),
+                 stream);
 }
 
 void backward(const WindowAttention& problem, void* stream) {
@@ -97,11 +124,9 @@ void backward(const WindowAttention& problem, void* stream) {
         plan.run(kernels.small_backward[plan.window_tokens > 16], p.heads * p.batch * p.splits,
                  stream);
     } else {
-        const int64_t blocks = plan.q_tiles * p.heads * plan.samples_windows;
+        const int64_t blocks = plan.cut(block_rows, p.blocks);
         plan.run(kernels.large_backward_q, blocks, stream);
         plan.run(kernels.large_backward_kv, blocks, stream);
-        if (p.grad_table)
-            plan.run(kernels.large_backward_table, plan.q_tiles * p.heads * p.splits, stream);
     }
     const int64_t dim = dim_of(p), size = p.batch * dim;
     const auto sum_of_rows = p.dtype == 1 ? sum_rows<BFloat16> : sum_rows<Float16>;
@@ -110,10 +135,13 @@ void backward(const WindowAttention& problem, void* stream) {
             launch<const float*, int64_t, int64_t, int64_t, uint16_t*>(
                 "sum_rows", sum_of_rows, ceil_div(size, threads), threads, 0, stream, part,
                 plan.row_parts, dim, size, out);
-    if (p.grad_table)
-        launch<const float*, int64_t, int64_t, int64_t, float*>(
-            "sum_table", sum_table, ceil_div(plan.table_rows * p.heads, threads), threads, 0, stream,
-            p.table_part, plan.table_parts, plan.table_rows, p.heads, p.grad_table);
+    if (p.grad_table) {
+        const int rows = table_rows(static_cast<int>(p.window_height), static_cast<int>(p.window_width));
+        launch<WindowAttention, int, int, int>(
+            "sum_table", sum_table, ceil_div(rows, 32) * p.heads, sum_threads, sum_threads * sizeof(float), stream,
+            p, static_cast<int>(plan.table_splits), static_cast<int>(plan.table_keys),
+            static_cast<int>(plan.table_length));
+    }
 }
 
 const char* attempt(void (*function)(const WindowAttention&, void*), const WindowAttention& problem,
@@ -141,6 +169,11 @@ EXPORT int64_t diffit_problem_size() { return sizeof(WindowAttention); }
 // Numbers of float32 that the backward pass of a problem needs.
 EXPORT int64_t diffit_workspace_size(const WindowAttention* problem) {
     return diffit::cuda::Plan(*problem).divide_workspace();
+}
+
+// Bytes of shared memory that a block needs for a problem.
+EXPORT int64_t diffit_shared_bytes(const WindowAttention* problem) {
+    return diffit::cuda::shared_bytes(*problem);
 }
 
 EXPORT const char* diffit_window_attention(const WindowAttention* problem, void* stream) {

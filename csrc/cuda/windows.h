@@ -6,6 +6,9 @@
 
 namespace diffit::cuda {
 
+// Rows of the table of a window.
+BOTH constexpr int table_rows(int height, int width) { return (2 * height - 1) * (2 * width - 1); }
+
 // Slots of a window, and the tokens they are.
 struct Window {
     int height, width, slots;  // of the window
@@ -19,7 +22,7 @@ struct Window {
           slots(height * width),
           grid_width(static_cast<int>(p.grid_width)),
           inverse((1u << 21) / width + 1) {
-        const int across = grid_width / width;
+        const int across = static_cast<int>(p.windows_across);
         first = window / across * height * grid_width + window % across * width;
     }
 
@@ -34,16 +37,13 @@ struct Window {
     // Numbers such that slots i and j meet in row position(i) - position(j) + center() of the table.
     DEVICE int position(int slot) const { return slot + row(slot) * (width - 1); }
     DEVICE int center() const { return position(slots - 1); }
-    DEVICE int table_rows() const { return (2 * height - 1) * (2 * width - 1); }
+    DEVICE int table_rows() const { return cuda::table_rows(height, width); }
 };
 
 // Floats that the table takes, in whole units of 16 bytes.
 BOTH constexpr int table_size(int table_rows) { return (table_rows + 3) / 4 * 4; }
 
-BOTH int windows_of(const WindowAttention& p) {
-    return static_cast<int>(p.grid_height) / static_cast<int>(p.window_height) *
-           (static_cast<int>(p.grid_width) / static_cast<int>(p.window_width));
-}
+DEVICE int windows_of(const WindowAttention& p) { return static_cast<int>(p.windows); }
 BOTH int tokens_of(const WindowAttention& p) {
     return static_cast<int>(p.grid_height) * static_cast<int>(p.grid_width);
 }

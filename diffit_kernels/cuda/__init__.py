@@ -6,7 +6,7 @@ that a whole network runs under ``use_backend("cuda")``.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -67,7 +67,23 @@ def supports(problem: AnyProblem) -> str | None:
         return f"window {problem.window_size} has more than {_MAX_WINDOW_TOKENS} tokens"
     if problem.tokens >= _MAX_COUNT:
         return f"grid {problem.grid_size} has 2^30 tokens or more"
+    if (needed := _shared_bytes(problem.window_size, problem.head_dim)) > _shared_limit():
+        return f"it needs {needed} bytes of shared memory, and the device gives {_shared_limit()}"
     return None
+
+
+@lru_cache(maxsize=1024)
+def _shared_bytes(window_size: tuple[int, int], head_dim: int) -> int:
+    """What a block needs of shared memory."""
+    return _loaded().shared_bytes(
+        Problem(1, *window_size, *window_size, heads=1, head_dim=head_dim, dtype=1, blocks=1)
+    )
+
+
+@cache
+def _shared_limit() -> int:
+    """What a block may have of it."""
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 
 def is_faster(problem: AnyProblem) -> bool:

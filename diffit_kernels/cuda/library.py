@@ -41,6 +41,8 @@ class Problem(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("grad_qkv", "grad_table", "grad_q_row", "grad_v_row", "workspace")
         ),
+        ("_windows", ctypes.c_int64),
+        ("_windows_across", ctypes.c_int64),
         ("_splits", ctypes.c_int64),
         ("_steps", ctypes.c_int64),
         *(
@@ -63,8 +65,10 @@ class Library:
         if library.diffit_problem_size() != ctypes.sizeof(Problem):
             raise OSError(f"{path} is of another version")
         self._workspace_size = library.diffit_workspace_size
-        self._workspace_size.argtypes = [ctypes.POINTER(Problem)]
-        self._workspace_size.restype = ctypes.c_int64
+        self._shared_bytes = library.diffit_shared_bytes
+        for function in (self._workspace_size, self._shared_bytes):
+            function.argtypes = [ctypes.POINTER(Problem)]
+            function.restype = ctypes.c_int64
         self._forward = library.diffit_window_attention
         self._backward = library.diffit_window_attention_backward
         for function in (self._forward, self._backward):
@@ -74,6 +78,10 @@ class Library:
     def workspace_size(self, problem: Problem) -> int:
         """Numbers of float32 that the backward pass needs as ``workspace``."""
         return self._workspace_size(problem)
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """Bytes of shared memory that a block needs, forward and backward."""
+        return self._shared_bytes(problem)
 
     def window_attention(self, problem: Problem, stream: int) -> None:
         """Launch the forward kernels on a stream; RuntimeError where a launch fails."""

@@ -69,6 +69,8 @@ inline float shuffle_xor(float value, int lanes) {
     return argument.result;
 }
 
+inline void add_async(float* to, float value) { *to += value; }
+
 inline void copy_async(Shared<uint16_t> to, const uint16_t* from, bool live) {
     emulator::copy_async(to.data, live ? from : nullptr, 16);
 }

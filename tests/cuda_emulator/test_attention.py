@@ -75,8 +75,20 @@ PLANTED = {
     ),
     "no barrier before a tile is replaced": (
         "attention_large.h",
-        r"block_barrier\(\);  // the tile after the next takes the place of this one",
+        r"(if \(tile\) {\s+wait_for_copies<0>\(\);\s+)block_barrier\(\);",
+        r"\1",
+        "race",
+    ),
+    "no barrier before the next window of a head": (
+        "attention_large_backward.h",
+        r"block_barrier\(\);  // the window before is done with its tiles",
         "",
+        "race|nobody wrote",
+    ),
+    "no barrier between the pairs and their sums": (
+        "diagonals.h",
+        r"(for \(int r = 0.*?)warp_barrier\(\);",
+        r"\1",
         "race",
     ),
     "no barrier between the lanes of a warp": (
@@ -87,14 +99,14 @@ PLANTED = {
     ),
     "no wait for the copies": (
         "attention_large.h",
-        r"wait_for_copies<1>\(\);",
-        "",
+        r"(if \(tile\) {\s+)wait_for_copies<0>\(\);",
+        r"\1",
         "not waited for|under way",
     ),
     "one copy under way too many": (
         "attention_large.h",
-        r"wait_for_copies<1>\(\);",
-        "wait_for_copies<2>();",
+        r"(if \(tile\) {\s+)wait_for_copies<0>\(\);",
+        r"\1wait_for_copies<1>();",
         "not waited for|under way",
     ),
     "a slot too many is looked up": (

@@ -12,6 +12,9 @@ from diffit_kernels import cuda
 from diffit_kernels.cuda.library import Library
 from tests.cuda_emulator import build
 
+# Of compute capability 9.0.
+SHARED_LIMIT = 232448
+
 
 @contextmanager
 def emulated() -> Iterator[None]:
@@ -26,5 +29,6 @@ def emulated() -> Iterator[None]:
         patch.setattr(cuda, "_device_type", "cpu")
         patch.setattr(cuda, "unavailable", lambda: None)
         patch.setattr(cuda, "_BLOCKS", 4)
+        patch.setattr(cuda, "_shared_limit", lambda: SHARED_LIMIT)
         with dk.use_backend("cuda"):
             yield

@@ -35,6 +35,8 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "_interpreted", False)
     monkeypatch.setattr(cuda, "table_of", lambda device: Table())
+    monkeypatch.setattr(cuda, "_shared_bytes", lambda window_size, head_dim: 1000 * head_dim)
+    monkeypatch.setattr(cuda, "_shared_limit", lambda: 100_000)
 
 
 def test_only_by_request(on_a_device: None) -> None:
@@ -63,6 +65,7 @@ def test_auto_takes_what_was_measured_to_be_faster(
         (replace(CUDA, head_dim=136), "head width 136"),
         (replace(CUDA, window_size=(1, 1025), grid_size=(1, 1025)), "more than 1024 tokens"),
         (replace(CUDA, grid_size=(2**15, 2**15)), "2\\^30 tokens or more"),
+        (replace(CUDA, head_dim=104), "needs 104000 bytes of shared memory.*gives 100000"),
         (replace(CUDA, device_type="cpu"), "on cpu"),
         (replace(MLP, dtype=torch.float64), "float64"),
     ],

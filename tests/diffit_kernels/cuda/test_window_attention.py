@@ -51,6 +51,7 @@ ODD = [
         ((5, 20), 72, (1, 1), 1, 2),
         ((67, 1), 48, (1, 2), 1, 2),
         ((2, 67), 24, (1, 1), 2, 1),
+        ((9, 16), 40, (3, 1), 1, 2),
     ]
 ]
 SMALL = AttentionCase((3, 5), 24, windows=(3, 2), device=DEVICE)
@@ -66,8 +67,9 @@ def name_of(value: object) -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def on_cuda() -> Iterator[None]:
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE == "cuda":
+        monkeypatch.setattr(cuda, "_BLOCKS", 4)  # as in the emulator: several windows to a block
         with dk.use_backend("cuda"):
             yield
     else:
