@@ -10,20 +10,19 @@ MOST_SEEDS = 10_000_000
 LARGEST_SEED = 2**32 - 1  # of diffit.diffusion.noise, which imports PyTorch
 NO_CLASS = "none"
 
-# Of examples/data/emoji32.zip.
-CLASS_NAMES: dict[str, tuple[str, ...]] = {
-    "diffit_emoji_32": (
-        "Smileys & Emotion",
-        "People & Body",
-        "Animals & Nature",
-        "Food & Drink",
-        "Travel & Places",
-        "Activities",
-        "Objects",
-        "Symbols",
-        "Flags",
-    )
-}
+# Of examples/data.
+EMOJI = (
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+)
+CLASS_NAMES = {"diffit_emoji_32": EMOJI, "diffit_emoji_64": EMOJI}
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -76,12 +76,15 @@ EMOJI = replace(
     checkpoint_every=500,
     snapshot_every=500,
 )
+# Small steps: on a GPU that a step does not fill, their number counts.
+EMOJI_64 = replace(EMOJI, batch_size=128, steps=6_000)
 # Their steps are those of the paper's comparison with DiT.
 LATENT_256 = Recipe(batch_size=256, steps=1_000_000, lr=3e-4, ema_decay=0.9999)
 LATENT_512 = replace(LATENT_256, batch_size=512, lr=1e-4)
 RECIPES = (  # a preset's recipe is the first whose word is in its name
     ("cifar10", CIFAR10),
     ("ffhq", FFHQ),
+    ("emoji_64", EMOJI_64),
     ("emoji", EMOJI),
     ("256", LATENT_256),
     ("512", LATENT_512),

@@ -227,7 +227,7 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:
     save_file(flat, tmp_path / "flat.safetensors")
     (tmp_path / "file").write_text("")
     for arguments, message in (
-        (("--preset", "diffit_emoji_64"), "the nearest is 'diffit_emoji_32'"),
+        (("--preset", "diffit_emoji_23"), "the nearest is 'diffit_emoji_32'"),
         ((), "expected --preset, --weights or both"),
         (("--weights", "cut.safetensors"), "cut.safetensors: not a whole safetensors file"),
         (("--weights", "foreign.safetensors"), "missing x_embedder.proj.weight"),

@@ -12,7 +12,7 @@ import pytest
 from diffit.cli.seeds import CLASS_NAMES, format_seeds, parse_classes, parse_seeds
 from diffit.diffusion.noise import MAX_SEED
 
-EMOJI = Path(__file__).parents[3] / "examples" / "data" / "emoji32.zip"
+DATA = Path(__file__).parents[3] / "examples" / "data"
 NAMES = ("Food & Drink", "Flags")
 
 
@@ -87,7 +87,8 @@ def test_a_network_without_classes() -> None:
         parse_classes("0", 0, ())
 
 
-def test_names_are_those_of_the_pictures() -> None:
-    with ZipFile(EMOJI) as archive:
+@pytest.mark.parametrize("size", [32, 64])
+def test_names_are_those_of_the_pictures(size: int) -> None:
+    with ZipFile(DATA / f"emoji{size}.zip") as archive:
         names = json.loads(archive.read("dataset.json"))["classes"]
-    assert CLASS_NAMES["diffit_emoji_32"] == tuple(names)
+    assert CLASS_NAMES[f"diffit_emoji_{size}"] == tuple(names)

@@ -40,9 +40,10 @@ def test_zip_and_folder_hold_the_same_pictures(folder: Path) -> None:
     ours.check()
 
 
-def test_the_project_s_emoji_can_be_read() -> None:
-    data = Path(__file__).parents[3] / "examples" / "data" / "emoji32.zip"
-    dataset = ImageDataset(data, resolution=32, num_classes=9)
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_project_s_emoji_can_be_read(size: int) -> None:
+    data = Path(__file__).parents[3] / "examples" / "data" / f"emoji{size}.zip"
+    dataset = ImageDataset(data, resolution=size, num_classes=9)
     assert len(dataset) == 3812
     dataset.check()
 

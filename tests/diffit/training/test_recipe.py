@@ -24,6 +24,11 @@ def test_the_paper_s_numbers(preset: str, batch: int, lr: float, augment: float)
     assert (recipe.batch_size, recipe.lr, recipe.augment) == (batch, lr, augment)
 
 
+def test_the_first_word_that_fits_decides() -> None:
+    assert get_recipe("diffit_emoji_32_time_mlp").batch_size == 256
+    assert get_recipe("diffit_emoji_64").batch_size == 128
+
+
 def test_every_preset_has_a_recipe() -> None:
     assert all(get_recipe(name).steps > 0 for name in list_models())
     with pytest.raises(ValueError, match="nearest"):
