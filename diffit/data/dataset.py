@@ -102,7 +102,7 @@ class ImageDataset:
                 f"{self.path}: {name}: expected {side} x {side}, RGB, got {size}, {mode}; "
                 f"`diffit data --size {side}` makes them so"
             )
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def check(self) -> None:
         """Read every picture.

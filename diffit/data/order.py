@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def stream_seed(seed: int, *position: int | str) -> int:
@@ -39,6 +39,7 @@ class Order:
         epoch, k = divmod(position, self.length)
         return int(self._permutation(epoch)[k])
 
-    def _draw(self, epoch: int) -> Tensor:
+    def _draw(self, epoch: int) -> Any:
         generator = torch.Generator().manual_seed(stream_seed(self._seed, "order", epoch))
-        return torch.randperm(self.length, generator=generator)
+        # As numpy's: an element of it is read ten times as fast.
+        return torch.randperm(self.length, generator=generator).numpy()

@@ -26,25 +26,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from diffit.diffusion import ImageNoise
-
 AUGMENT_DIM = 9
+NUMBERS = 13  # that are drawn for each image
 SCALE_STD = STRETCH_STD = 0.2  # of the binary logarithm
 SHIFT_STD = 1 / 8  # of the picture
 
 
-def augment(images: Tensor, noise: ImageNoise, p: float) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, numbers: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Augment a batch, each image by its own random numbers.
 
     Args:
         images: (B, C, H, W), square, float.
-        noise: B generators; each gives 13 numbers, whatever p is.
+        numbers: (B, 13), normal.
         p: probability of each augmentation.
 
     Returns:
         (B, C, H, W), and the labels (B, 9), float32.
     """
-    numbers = noise.randn((len(images), 13)).double()
+    numbers = numbers.double()
     coin = torch.special.ndtr(numbers[:, :9])  # uniform in 0..1
     gate = (coin[:, :5] < p).double()
     angle, direction = ((2 * coin[:, i] - 1) * math.pi for i in (7, 8))
@@ -68,14 +67,18 @@ def augment(images: Tensor, noise: ImageNoise, p: float) -> tuple[Tensor, Tensor
         ],
         dim=1,
     )
-    images = torch.where(flip_x.bool().view(-1, 1, 1, 1), images.flip(3), images)
-    images = torch.where(flip_y.bool().view(-1, 1, 1, 1), images.flip(2), images)
+    images = _flip(_flip(images, flip_x, 3), flip_y, 2)
     moved = gate[:, 1:].any(1)
     if moved.any():
         where_from = _where_from(scale, turn, stretch, direction, shift)[moved]
         images = images.clone()
         images[moved] = _resample(images[moved], where_from)
     return images, labels.float()
+
+
+def _flip(images: Tensor, which: Tensor, dim: int) -> Tensor:
+    rows = which.nonzero()[:, 0]
+    return images.index_copy(0, rows, images[rows].flip(dim)) if len(rows) else images
 
 
 def _where_from(

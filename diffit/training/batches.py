@@ -15,8 +15,7 @@ from torch import Tensor
 
 from diffit.data.dataset import Dataset
 from diffit.data.order import Order, stream_seed
-from diffit.diffusion import ImageNoise
-from diffit.training.augment import augment
+from diffit.training.augment import NUMBERS, augment
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -90,22 +89,42 @@ class Batches:
         """
         positions = range(step * self.batch_size + start, step * self.batch_size + stop)
         indices = [self._order[position] for position in positions]
-        random = ImageNoise(stream_seed(self.seed, "image", position) for position in positions)
         x = torch.stack([self.dataset.read(index) for index in indices])
         if x.dtype == torch.uint8:
-            x = x.float() / 127.5 - 1
+            x = x.float().div_(127.5).sub_(1)
+        numbers, level, noise = self._drawn(positions, x)
         labels = self.dataset.labels
         if labels is not None:
-            drop = torch.special.ndtr(random.randn((len(indices),))) < self.label_dropout
+            drop = torch.special.ndtr(numbers[:, NUMBERS]) < self.label_dropout
             labels = labels[indices].where(~drop, self.num_classes)
         augment_labels = None
         if self.augment is not None:
-            x, augment_labels = augment(x, random, self.augment)
+            x, augment_labels = augment(x, numbers[:, :NUMBERS], self.augment)
+        return Batch(x, labels, augment_labels, level, noise)
+
+    def _drawn(self, positions: range, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each image's own stream: numbers for augmentation and label, the level, the noise.
+
+        One generator, and few calls into rows of what is returned: the thread that trains waits
+        while this one runs Python.
+        """
+        numbers = x.new_empty(len(x), NUMBERS + 1)
         if self.timesteps is None:
-            level = random.randn((len(indices),))
+            level = x.new_empty(len(x))
         else:
-            level = random.randint(self.timesteps)
-        return Batch(x, labels, augment_labels, level, random.randn_like(x))
+            level = torch.empty(len(x), dtype=torch.int64)
+        noise = torch.empty_like(x)
+        generator = torch.Generator()
+        rows = zip(positions, numbers.unbind(), level.unbind(), noise.unbind(), strict=True)
+        for position, few, one, many in rows:
+            generator.manual_seed(stream_seed(self.seed, "image", position))
+            few.normal_(generator=generator)
+            if self.timesteps is None:
+                one.normal_(generator=generator)
+            else:
+                one.random_(self.timesteps, generator=generator)
+            many.normal_(generator=generator)
+        return numbers, level, noise
 
 
 def ahead(make: Callable[[Key], Value], keys: Iterable[Key]) -> Iterator[Value]:

@@ -19,8 +19,9 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, beta: float) -> None:
         """``average = beta average + (1 - beta) parameter``."""
-        for name, parameter in network.named_parameters():
-            self.averages[name].lerp_(parameter.detach(), 1 - beta)
+        # Few launches for all of them: a small network waits for little else.
+        parameters = [parameter.detach() for parameter in network.parameters()]
+        torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - beta)
 
     def state_dict(self, network: nn.Module) -> dict[str, Tensor]:
         """The network's state with averages for parameters, whole, on the CPU.

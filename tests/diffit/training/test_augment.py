@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from diffit.diffusion import ImageNoise
-from diffit.training.augment import _resample, _where_from, augment
+from diffit.training.augment import NUMBERS, _resample, _where_from, augment
 
 SEEDS = range(4000)
 SIZE = 33
@@ -21,6 +22,10 @@ def blobs(count: int, size: int = SIZE) -> Tensor:
     axis = torch.linspace(-1, 1, size + 1)[:-1] + 1 / size
     bump = torch.exp(-((axis[None, :] - 0.25) ** 2 + (axis[:, None] - 0.0) ** 2) / 0.02)
     return bump.expand(count, 1, -1, -1).clone()
+
+
+def numbers(seeds: Sequence[int]) -> Tensor:
+    return ImageNoise(seeds).randn((len(seeds), NUMBERS))
 
 
 def centre(images: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ def test_points_go_where_the_label_says(
 
 def test_flips_move_pixels_exactly_and_are_labelled() -> None:
     images = torch.randn(len(SEEDS), 1, 5, 5, generator=torch.Generator().manual_seed(0))
-    result, labels = augment(images, ImageNoise(SEEDS), 0.12)
+    result, labels = augment(images, numbers(SEEDS), 0.12)
     only_flipped = labels[:, 2:].abs().sum(1) == 0
     seen = set()
     for image, moved, label in zip(
@@ -84,7 +89,7 @@ def test_flips_move_pixels_exactly_and_are_labelled() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.12, 1.0])
 def test_how_often_and_how_much(p: float) -> None:
     """Each mean is within five standard deviations of what is stated."""
-    _, labels = augment(torch.zeros(len(SEEDS), 1, 4, 4), ImageNoise(SEEDS), p)
+    _, labels = augment(torch.zeros(len(SEEDS), 1, 4, 4), numbers(SEEDS), p)
     on = labels.double()
 
     def near(values: Tensor, mean: float) -> None:
@@ -119,7 +124,7 @@ def where(label: list[float], sign: int) -> Tensor:
 
 def test_labels_belong_to_the_pictures() -> None:
     """The whole pipe: where the label says, to half a pixel, the picture is bright."""
-    result, labels = augment(blobs(200), ImageNoise(range(200)), 1.0)
+    result, labels = augment(blobs(200), numbers(range(200)), 1.0)
     checked = 0
     for image, label in zip(result, labels.tolist(), strict=True):
         points = torch.stack([where(label, sign) for sign in (1, -1)])
@@ -132,8 +137,8 @@ def test_labels_belong_to_the_pictures() -> None:
 
 def test_an_image_depends_on_its_seed_only() -> None:
     images = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    whole, labels = augment(images, ImageNoise(range(7)), 0.5)
+    whole, labels = augment(images, numbers(range(7)), 0.5)
     for i in range(7):
-        alone, label = augment(images[i : i + 1], ImageNoise([i]), 0.5)
+        alone, label = augment(images[i : i + 1], numbers([i]), 0.5)
         assert alone.equal(whole[i : i + 1])
         assert label.equal(labels[i : i + 1])

@@ -41,6 +41,19 @@ def test_everything_differs_from_image_to_image(tmp_path: Path) -> None:
     assert not other.part(0, 0, 8).noise.equal(source.part(0, 0, 8).noise)
 
 
+def test_noise_and_levels_are_normal_and_steps_uniform(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "set.zip")
+    normal = batches(data, batch_size=4000).part(0, 0, 4000)
+    for values in (normal.level, normal.noise):
+        assert values.dtype == torch.float32
+        assert abs(values.mean()) < 5 / values.numel() ** 0.5
+        assert values.std().item() == pytest.approx(1, abs=5 / (2 * values.numel()) ** 0.5)
+    steps = batches(data, batch_size=4000, timesteps=10).part(0, 0, 4000).level
+    assert steps.dtype == torch.int64
+    assert (steps.bincount() - 400).abs().max() < 5 * 360**0.5
+    assert len(steps.bincount()) == 10
+
+
 def test_pictures_labels_and_dropout(tmp_path: Path) -> None:
     source = batches(pictures(tmp_path / "set.zip"), augment=None, label_dropout=0.3)
     dropped = 0
