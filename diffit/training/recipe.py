@@ -77,7 +77,7 @@ EMOJI = replace(
     snapshot_every=500,
 )
 # Small steps: on a GPU that a step does not fill, their number counts.
-EMOJI_64 = replace(EMOJI, batch_size=128, steps=6_000)
+EMOJI_64 = replace(EMOJI, batch_size=128, steps=6_000, lr_ramp=25_000)
 # Their steps are those of the paper's comparison with DiT.
 LATENT_256 = Recipe(batch_size=256, steps=1_000_000, lr=3e-4, ema_decay=0.9999)
 LATENT_512 = replace(LATENT_256, batch_size=512, lr=1e-4)
