@@ -4,12 +4,13 @@
     out = tmsa(x, temb, ...)             # with its projections
     out = mlp(x, w1, b1, w2, b2)         # Linear, tanh-GELU, Linear
     s, n = add_layer_norm(x, y)          # x + y, and its layer norm
+    n = layer_norm(x)                    # that of x alone
 
 ``available_backends()`` tells what can run here; ``use_backend(name)`` chooses.
 """
 
 from diffit_kernels.dispatch import available_backends, use_backend
-from diffit_kernels.ops import add_layer_norm, mlp, time_rows, tmsa, window_attention
+from diffit_kernels.ops import add_layer_norm, layer_norm, mlp, time_rows, tmsa, window_attention
 from diffit_kernels.problem import AddLayerNormProblem, MLPProblem, WindowAttentionProblem
 from diffit_kernels.reference import relative_position_index
 
@@ -21,6 +22,7 @@ __all__ = [
     "WindowAttentionProblem",
     "add_layer_norm",
     "available_backends",
+    "layer_norm",
     "mlp",
     "relative_position_index",
     "time_rows",

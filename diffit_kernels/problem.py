@@ -173,7 +173,7 @@ class MLPProblem:
 
 @dataclass(frozen=True)
 class AddLayerNormProblem:
-    """A sum of two tensors and its layer norm, over ``rows`` of ``features``.
+    """A sum of two tensors and its layer norm, or that of x alone, over ``rows`` of ``features``.
 
     ``dtype`` is that of x and of the sum, ``y_dtype`` that of y and of the norm.
     """
@@ -205,6 +205,14 @@ class AddLayerNormProblem:
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"eps: expected a positive finite number, got {eps}")
         return cls(rows, features, x.dtype, y.dtype, x.device.type)
+
+    @classmethod
+    def of_norm(cls, x: Tensor, dtype: torch.dtype, eps: float) -> AddLayerNormProblem:
+        """Check the arguments of ``layer_norm``, whose result has ``dtype``, likewise."""
+        problem = cls.from_tensors(x, x, eps)
+        if dtype != x.dtype and not (x.dtype == torch.float32 and dtype in HALF):
+            raise TypeError(f"dtype: expected {x.dtype}, got {dtype}")
+        return cls(problem.rows, problem.features, x.dtype, dtype, x.device.type)
 
 
 Problem = WindowAttentionProblem | MLPProblem | AddLayerNormProblem

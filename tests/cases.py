@@ -309,7 +309,7 @@ class AddLayerNormCase:
         x, y = uniform(*self.shape) + apart + self.offset, uniform(*self.shape)
         return dict(zip("xy", self._as_stored(self.layout, x, y), strict=True))
 
-    def grads(self, draw: int = 0) -> tuple[Tensor, Tensor]:
+    def grads(self, draw: int = 0) -> tuple[Tensor, ...]:
         uniform = _uniform(-1 - draw)
         return self._as_stored(self.grad_layout, uniform(*self.shape), uniform(*self.shape))
 
@@ -322,22 +322,28 @@ class AddLayerNormCase:
         draws: int | None = None,
         convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
     ) -> Tensors:
-        """What ``add_layer_norm`` gives on the backend in use."""
-        return self._outputs(dk.add_layer_norm, convert, draws)
+        """What the operator gives on the backend in use."""
+        return self._outputs(self.fused, convert, draws)
 
     @cache
     def plain(self, convert: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensors:
         """Addition and layer norm of PyTorch in the dtypes of the case."""
-        return self._outputs(plain_add_layer_norm, convert)
+        return self._outputs(self.unfused, convert)
 
     @cache
     def truth(self, convert: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensors:
         """The same in float64 on the same rounded inputs."""
-        return self._outputs(plain_add_layer_norm, lambda x: convert(x).double())
+        return self._outputs(self.unfused, lambda x: convert(x).double())
+
+    def fused(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return dk.add_layer_norm(*inputs)
+
+    def unfused(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return plain_add_layer_norm(*inputs)
 
     def _outputs(
         self,
-        forward: Callable[..., tuple[Tensor, Tensor]],
+        forward: Callable[..., tuple[Tensor, ...]],
         convert: Callable[[Tensor], Tensor] = torch.Tensor.detach,
         draws: int | None = None,
     ) -> Tensors:
@@ -352,18 +358,42 @@ class AddLayerNormCase:
         return stack(outputs)
 
 
+@dataclass(frozen=True)
+class LayerNormCase(AddLayerNormCase):
+    """``layer_norm`` of the same x; ``y_dtype``, of the result, by autocast."""
+
+    def inputs(self, draw: int = 0) -> Tensors:
+        """x."""
+        return {"x": super().inputs(draw)["x"]}
+
+    def grads(self, draw: int = 0) -> tuple[Tensor, ...]:
+        return super().grads(draw)[1:]
+
+    def fused(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self.y_dtype in (None, self.dtype):
+            return (dk.layer_norm(*inputs),)
+        with torch.autocast(inputs[0].device.type, self.y_dtype):
+            return (dk.layer_norm(*inputs),)
+
+    def unfused(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (x,) = inputs
+        n = layer_norm(x, x.shape[-1:], eps=1e-6)
+        return (n if x.dtype == torch.float64 else n.to(self.y_dtype or x.dtype),)
+
+
 def plain_add_layer_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     s = x + y
     return s, layer_norm(s, s.shape[-1:], eps=1e-6).to(y.dtype)
 
 
 def add_layer_norm_outputs(
-    forward: Callable[..., tuple[Tensor, Tensor]], inputs: Tensors, grads: tuple[Tensor, ...]
+    forward: Callable[..., tuple[Tensor, ...]], inputs: Tensors, grads: tuple[Tensor, ...]
 ) -> Tensors:
-    """s, n and the gradients of x and y."""
+    """s, where it is given, n and the gradients of what is there of x and y."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    s, n = forward(*leaves.values())
-    return {"s": s.detach(), "n": n.detach()} | gradients((s, n), leaves, grads)
+    results = forward(*leaves.values())
+    named = dict(zip("sn"[-len(results) :], (x.detach() for x in results), strict=True))
+    return named | gradients(results, leaves, grads)
 
 
 def gradients(

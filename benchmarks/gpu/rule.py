@@ -55,12 +55,14 @@ def tasks() -> Iterator[dict[str, Any]]:
         ("mlp", [{"shape": (129, 40), "hidden": 127, "out": 33, "spread": 12.0}]),
         ("add_layer_norm", [{"shape": s} for s in ((300, 128), (77, 1152), (5, 7, 33))]),
         ("add_layer_norm", [{"shape": (65, 256), "offset": 100.0}]),
+        ("layer_norm", [{"shape": s} for s in ((300, 128), (77, 1152), (5, 7, 33))]),
+        ("layer_norm", [{"shape": (65, 256), "offset": 100.0}]),
         ("window_attention", [_attention(*shape) | how for shape in networks for how in hard]),
         ("window_attention", [_attention(*shape) for shape in odd]),
     ]
     for operator, cases in by_operator:
         for case, (backend, precisions) in product(cases, BACKENDS.items()):
-            if backend == "cuda" and operator in ("mlp", "add_layer_norm"):
+            if backend == "cuda" and operator in ("mlp", "add_layer_norm", "layer_norm"):
                 continue  # they are Triton's there
             for precision in precisions:
                 yield {
@@ -168,7 +170,12 @@ def _outputs(
     operator: str, case: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], Tensors], Callable[[], Tensors], Callable[[], Tensors]]:
     """What gives the outputs of the operator, of plain PyTorch, and the truth."""
-    from tests.cases import AddLayerNormCase, AttentionCase, MLPCase  # not for who plans only
+    from tests.cases import (  # not for who plans only
+        AddLayerNormCase,
+        AttentionCase,
+        LayerNormCase,
+        MLPCase,
+    )
 
     if operator == "tmsa":
         return _tmsa(dtype, device, **case)
@@ -176,7 +183,8 @@ def _outputs(
         attention = AttentionCase(**case, dtype=dtype, device=device.type)
         plain, truth = (partial(f, device.type) for f in (attention.plain, attention.truth))
         return attention.operator, plain, truth
-    kind = {"mlp": MLPCase, "add_layer_norm": AddLayerNormCase}[operator]
+    kinds = {"mlp": MLPCase, "add_layer_norm": AddLayerNormCase, "layer_norm": LayerNormCase}
+    kind = kinds[operator]
     made, move = kind(**case, dtype=dtype), partial(torch.Tensor.to, device=device)
     return partial(made.operator, None, move), partial(made.plain, move), partial(made.truth, move)
 

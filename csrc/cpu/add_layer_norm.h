@@ -1,6 +1,6 @@
-// s = x + y and n = (s - mean) / sqrt(var + eps) of a row, and the gradient, over a chunk of rows. The
-// mean of a row far from zero is rounded to units of its size; the mean of the deviations, which is
-// what that leaves, is taken off too.
+// s = x + y and n = (s - mean) / sqrt(var + eps) of a row, and the gradient, over a chunk of rows; y, s
+// and grad_s may be null. The mean of a row far from zero is rounded to units of its size; the mean of
+// the deviations, which is what that leaves, is taken off too.
 #pragma once
 
 #include <cmath>
@@ -55,19 +55,26 @@ struct AddLayerNormKernel {
         return load(lanes);
     }
 
+    // The row of a tensor, or null where there is no tensor.
+    template <class T, class Memory>
+    static T* row_of(Memory* tensor, int64_t offset) {
+        return tensor ? static_cast<T*>(tensor) + offset : nullptr;
+    }
+
     static void forward(const AddLayerNorm& p, int64_t item, char* scratch) {
         float* row = reinterpret_cast<float*>(scratch);
         const float count = static_cast<float>(p.features);
         for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
             const X* x = static_cast<const X*>(p.x) + r * p.features;
-            const Y* y = static_cast<const Y*>(p.y) + r * p.features;
-            X* s = static_cast<X*>(p.s) + r * p.features;
+            const Y* y = row_of<const Y>(p.y, r * p.features);
+            X* s = row_of<X>(p.s, r * p.features);
             Y* n = static_cast<Y*>(p.n) + r * p.features;
             float total[1], moments[2];
             sum(p.features, total, [&](int64_t c, int lanes, vf(&t)[1]) {
-                const vf v = load(x + c, lanes) + load(y + c, lanes);
+                vf v = load(x + c, lanes);
+                if (y) v += load(y + c, lanes);
                 store(row + c, v, lanes);
-                store(s + c, v, lanes);
+                if (s) store(s + c, v, lanes);
                 t[0] += v;
             });
             const float mean = total[0] / count;
@@ -89,7 +96,7 @@ struct AddLayerNormKernel {
         const float count = static_cast<float>(p.features);
         for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
             const X* s = static_cast<const X*>(p.s) + r * p.features;
-            const X* grad_s = static_cast<const X*>(p.grad_s) + r * p.features;
+            const X* grad_s = row_of<const X>(p.grad_s, r * p.features);
             const Y* grad_n = static_cast<const Y*>(p.grad_n) + r * p.features;
             X* grad = static_cast<X*>(p.grad) + r * p.features;
             float total[1], moments[4];
@@ -108,8 +115,9 @@ struct AddLayerNormKernel {
             const float along_n = (moments[3] / count - rest * grad_mean) * rstd;
             over(p.features, [&](int64_t c, int lanes) {
                 const vf normed = (load(s + c, lanes) - mean - rest) * rstd;
-                const vf g = load(grad_n + c, lanes) - grad_mean - normed * along_n;
-                store(grad + c, load(grad_s + c, lanes) + rstd * g, lanes);
+                vf g = rstd * (load(grad_n + c, lanes) - grad_mean - normed * along_n);
+                if (grad_s) g += load(grad_s + c, lanes);
+                store(grad + c, g, lanes);
             });
         }
     }

@@ -61,7 +61,8 @@ struct BiasGelu {
 };
 
 // s = x + y and n, its layer norm without parameters, over (rows, features); and the gradient. x and
-// s have dtype x_dtype, y and n dtype y_dtype: the same, or the former is float32.
+// s have dtype x_dtype, y and n dtype y_dtype: the same, or the former is float32. Without y, s and
+// grad_s (null) the layer norm of x alone.
 struct AddLayerNorm {
     int64_t rows, features;
     DType x_dtype, y_dtype;

@@ -267,24 +267,50 @@ def add_layer_norm(
     problem: AddLayerNormProblem, x: Tensor, y: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    x, y = x.contiguous(), y.contiguous()
-    s, n = torch.empty_like(x), torch.empty_like(y)
-    _module.add_layer_norm(
-        _norm_shape(problem), eps, x.data_ptr(), y.data_ptr(), s.data_ptr(), n.data_ptr()
-    )
-    return s, n
+    s = x.new_empty(x.shape)
+    return s, _norm(problem, x, y, s, eps)
 
 
 def add_layer_norm_backward(
     problem: AddLayerNormProblem, grad_s: Tensor, grad_n: Tensor, s: Tensor, eps: float
 ) -> Tensor:
     """As the reference."""
-    grad_s, grad_n, s = grad_s.contiguous(), grad_n.contiguous(), s.contiguous()
+    return _norm_backward(problem, grad_s, grad_n, s, eps)
+
+
+def layer_norm(problem: AddLayerNormProblem, x: Tensor, eps: float) -> Tensor:
+    """As the reference."""
+    return _norm(problem, x, None, None, eps)
+
+
+def layer_norm_backward(
+    problem: AddLayerNormProblem, grad_n: Tensor, x: Tensor, eps: float
+) -> Tensor:
+    """As the reference."""
+    return _norm_backward(problem, None, grad_n, x, eps)
+
+
+def _norm(
+    problem: AddLayerNormProblem, x: Tensor, y: Tensor | None, s: Tensor | None, eps: float
+) -> Tensor:
+    """n of x, or of x + y, which is written to s."""
+    x, y = x.contiguous(), _optional(y)
+    n = x.new_empty(x.shape, dtype=problem.y_dtype)
+    _module.add_layer_norm(
+        _norm_shape(problem), eps, x.data_ptr(), _pointer(y), _pointer(s), n.data_ptr()
+    )
+    return n
+
+
+def _norm_backward(
+    problem: AddLayerNormProblem, grad_s: Tensor | None, grad_n: Tensor, s: Tensor, eps: float
+) -> Tensor:
+    grad_s, grad_n, s = _optional(grad_s), grad_n.contiguous(), s.contiguous()
     grad = torch.empty_like(s)
     _module.add_layer_norm_backward(
         _norm_shape(problem),
         eps,
-        grad_s.data_ptr(),
+        _pointer(grad_s),
         grad_n.data_ptr(),
         s.data_ptr(),
         grad.data_ptr(),

@@ -1,4 +1,4 @@
-"""A residual sum and its layer norm, as their equations."""
+"""A residual sum and its layer norm, and a layer norm alone, as their equations."""
 
 from __future__ import annotations
 
@@ -24,11 +24,28 @@ def add_layer_norm_backward(
 
     ``grad_s + (grad_n - mean(grad_n) - n mean(grad_n n)) / sqrt(var(s) + eps)``
     """
+    grad = grad_s + _through_norm(problem, grad_n, s, eps)
+    return grad.to(problem.dtype).contiguous()
+
+
+def layer_norm(problem: AddLayerNormProblem, x: Tensor, eps: float) -> Tensor:
+    """``n = (x - mean(x)) / sqrt(var(x) + eps)``."""
+    n, _ = _normalize(x.to(problem.sum_dtype), eps)
+    return n.to(problem.y_dtype).contiguous()
+
+
+def layer_norm_backward(
+    problem: AddLayerNormProblem, grad_n: Tensor, x: Tensor, eps: float
+) -> Tensor:
+    """Gradient of x: that of ``add_layer_norm`` without ``grad_s``."""
+    return _through_norm(problem, grad_n, x, eps).to(problem.dtype).contiguous()
+
+
+def _through_norm(problem: AddLayerNormProblem, grad_n: Tensor, s: Tensor, eps: float) -> Tensor:
     n, rstd = _normalize(s.to(problem.sum_dtype), eps)
     grad = grad_n.to(problem.sum_dtype)
     along_n = (grad * n).mean(dim=-1, keepdim=True)
-    grad_sum = grad_s + rstd * (grad - grad.mean(dim=-1, keepdim=True) - n * along_n)
-    return grad_sum.to(problem.dtype).contiguous()
+    return rstd * (grad - grad.mean(dim=-1, keepdim=True) - n * along_n)
 
 
 def _normalize(s: Tensor, eps: float) -> tuple[Tensor, Tensor]:

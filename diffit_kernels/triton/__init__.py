@@ -18,6 +18,8 @@ try:
         MAX_FEATURES,
         add_layer_norm,
         add_layer_norm_backward,
+        layer_norm,
+        layer_norm_backward,
     )
     from diffit_kernels.triton.attention import window_attention, window_attention_backward
     from diffit_kernels.triton.mlp import mlp, mlp_backward
@@ -29,6 +31,8 @@ except ImportError as error:
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "mlp",
     "mlp_backward",
     "supports",

@@ -1,4 +1,4 @@
-"""A residual sum and its layer norm: each tensor is read or written once.
+"""A residual sum and its layer norm, or that alone: each tensor is read or written once.
 
 A program holds whole rows in registers; the passes over a row for mean, deviations and variance
 cost no memory traffic.
@@ -52,13 +52,15 @@ def forward(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``add_layer_norm`` on ROWS rows."""
+    """``add_layer_norm`` on ROWS rows; without y and s ``layer_norm``."""
     row, column, inside = _inside(rows, features, ROWS, BLOCK_C)
     total = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if y is not None:
+        total += tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
     normed, _ = _normalize(total, inside, features, eps)
     out = row * features + column
-    tl.store(s + out, total, mask=inside)
+    if s is not None:
+        tl.store(s + out, total, mask=inside)
     tl.store(n + out, normed, mask=inside)
 
 
@@ -77,17 +79,18 @@ def backward(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``add_layer_norm_backward`` on ROWS rows."""
+    """``add_layer_norm_backward`` on ROWS rows; without grad_s ``layer_norm_backward``."""
     row, column, inside = _inside(rows, features, ROWS, BLOCK_C)
     total = tl.load(s + row * s_stride + column, mask=inside, other=0.0).to(tl.float32)
     grad_normed = tl.load(grad_n + row * grad_n_stride + column, mask=inside, other=0.0)
     grad_normed = grad_normed.to(tl.float32)
-    grad_total = tl.load(grad_s + row * grad_s_stride + column, mask=inside, other=0.0)
     normed, rstd = _normalize(total, inside, features, eps)
     mean = tl.sum(grad_normed, axis=1) / features
     along_n = tl.sum(grad_normed * normed, axis=1) / features
-    through_n = rstd * (grad_normed - mean[:, None] - normed * along_n[:, None])
-    tl.store(grad + row * features + column, grad_total + through_n, mask=inside)
+    grad_total = rstd * (grad_normed - mean[:, None] - normed * along_n[:, None])
+    if grad_s is not None:
+        grad_total += tl.load(grad_s + row * grad_s_stride + column, mask=inside, other=0.0)
+    tl.store(grad + row * features + column, grad_total, mask=inside)
 
 
 def add_layer_norm(
@@ -99,16 +102,8 @@ def add_layer_norm(
     configs: Configs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
-    s, n = x.new_empty(x.shape), y.new_empty(y.shape)
-    x, y = as_rows(x), as_rows(y)
-    config = _config("add_layer_norm", problem, x, configs)
-    with torch.cuda.device_of(x):
-        forward[_grid(problem, config)](
-            *(x, y, s, n, x.stride(0), y.stride(0), problem.rows, problem.features, eps),
-            BLOCK_C=triton.next_power_of_2(problem.features),
-            **config,
-        )
-    return s, n
+    s = x.new_empty(x.shape)
+    return s, _norm(problem, x, y, s, eps, configs)
 
 
 def add_layer_norm_backward(
@@ -121,12 +116,64 @@ def add_layer_norm_backward(
     configs: Configs | None = None,
 ) -> Tensor:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
+    return _norm_backward(problem, grad_s, grad_n, s, eps, configs)
+
+
+def layer_norm(
+    problem: AddLayerNormProblem, x: Tensor, eps: float, *, configs: Configs | None = None
+) -> Tensor:
+    """As the reference; with the parameters of ``add_layer_norm``."""
+    return _norm(problem, x, None, None, eps, configs)
+
+
+def layer_norm_backward(
+    problem: AddLayerNormProblem,
+    grad_n: Tensor,
+    x: Tensor,
+    eps: float,
+    *,
+    configs: Configs | None = None,
+) -> Tensor:
+    """As the reference; with the parameters of ``add_layer_norm_backward``."""
+    return _norm_backward(problem, None, grad_n, x, eps, configs)
+
+
+def _norm(
+    problem: AddLayerNormProblem,
+    x: Tensor,
+    y: Tensor | None,
+    s: Tensor | None,
+    eps: float,
+    configs: Configs | None,
+) -> Tensor:
+    """n of x, or of x + y, which is written to s."""
+    n = x.new_empty(x.shape, dtype=problem.y_dtype)
+    x, y = as_rows(x), None if y is None else as_rows(y)
+    config = _config("add_layer_norm", problem, x, configs)
+    with torch.cuda.device_of(x):
+        forward[_grid(problem, config)](
+            *(x, y, s, n, x.stride(0), 0 if y is None else y.stride(0)),
+            *(problem.rows, problem.features, eps),
+            BLOCK_C=triton.next_power_of_2(problem.features),
+            **config,
+        )
+    return n
+
+
+def _norm_backward(
+    problem: AddLayerNormProblem,
+    grad_s: Tensor | None,
+    grad_n: Tensor,
+    s: Tensor,
+    eps: float,
+    configs: Configs | None,
+) -> Tensor:
     grad = s.new_empty(s.shape)
-    tensors = [as_rows(tensor) for tensor in (grad_s, grad_n, s)]
+    tensors = [None if x is None else as_rows(x) for x in (grad_s, grad_n, s)]
     config = _config("add_layer_norm_backward", problem, s, configs)
     with torch.cuda.device_of(s):
         backward[_grid(problem, config)](
-            *(*tensors, grad, *(tensor.stride(0) for tensor in tensors)),
+            *(*tensors, grad, *(0 if x is None else x.stride(0) for x in tensors)),
             *(problem.rows, problem.features, eps),
             BLOCK_C=triton.next_power_of_2(problem.features),
             **config,

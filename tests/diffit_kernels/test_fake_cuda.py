@@ -38,7 +38,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(problem: object) -> None:
         raise AssertionError(f"computed: {problem}")
 
-    for name in ("add_layer_norm", "mlp", "window_attention"):
+    for name in ("add_layer_norm", "layer_norm", "mlp", "window_attention"):
         monkeypatch.setattr(import_module(f"diffit_kernels.ops.{name}"), "select", refuse)
     with FakeTensorMode(), torch.no_grad():
         yield
@@ -95,6 +95,13 @@ def test_add_layer_norm(dtype: torch.dtype) -> None:
     s, n = ops.add_layer_norm(x, y.transpose(0, 1), 1e-6)
     assert_like((s, n), (x, x))
     assert_is(ops.add_layer_norm_backward(s, n, s, 1e-6), *x.shape, dtype=dtype)
+
+
+def test_layer_norm(dtype: torch.dtype) -> None:
+    x = fake(TOKENS, BATCH, DIM).transpose(0, 1)
+    n = ops.layer_norm(x, dtype, 1e-6)
+    assert_is(n, *x.shape, dtype=dtype)
+    assert_is(ops.layer_norm_backward(n, x, 1e-6), *x.shape, dtype=x.dtype)
 
 
 def test_time_rows(dtype: torch.dtype) -> None:

@@ -87,6 +87,15 @@ def add_layer_norm(**changes: Any) -> Tensor:
     return torch.stack((s, n))
 
 
+def layer_norm(**changes: Any) -> Tensor:
+    return dk.layer_norm(**({"x": zeros(B, L, C)} | changes))
+
+
+def layer_norm_as(dtype: torch.dtype = torch.float16, **changes: Any) -> Tensor:
+    x = changes.get("x", zeros(B, L, C))
+    return torch.ops.diffit.layer_norm(x, dtype, 1e-6)
+
+
 def make(kind: type[torch.nn.Module], **changes: Any) -> torch.nn.Module:
     good = {"dim": C, "num_heads": 2, "temb_dim": T, "window_size": WINDOW}
     return kind(**(good | changes))
@@ -241,6 +250,17 @@ TABLE: list[Row] = [
     (add_layer_norm, {"eps": nan}, ValueError, "eps: .*nan"),
     (add_layer_norm, {"eps": inf}, ValueError, "eps: .*inf"),
     (add_layer_norm, {"eps": "1e-6"}, TypeError, "eps: .*'1e-6'"),
+    # layer_norm
+    (layer_norm, {"x": integer(B, L, C)}, TypeError, "x: .*int64"),
+    (layer_norm, {"x": zeros()}, ValueError, r"x: .*\(\)"),
+    (layer_norm, {"x": zeros(B, 0)}, ValueError, r"x: .*\(2, 0\)"),
+    (layer_norm, {"x": zeros(0, C)}, ValueError, r"x: .*one row.*\(0, 16\)"),
+    (layer_norm, {"eps": 0.0}, ValueError, "eps: .*0.0"),
+    (layer_norm, {"eps": nan}, ValueError, "eps: .*nan"),
+    (layer_norm, {"eps": "1e-6"}, TypeError, "eps: .*'1e-6'"),
+    (layer_norm_as, {"dtype": torch.float64}, TypeError, "dtype: .*float32.*float64"),
+    (layer_norm_as, {"dtype": torch.int64}, TypeError, "dtype: .*float32.*int64"),
+    (layer_norm_as, {"x": half(B, L, C).bfloat16()}, TypeError, "dtype: .*bfloat16.*float16"),
     # TMSA
     (make, {"kind": TMSA, "num_heads": 3}, ValueError, "dim: .*num_heads = 3.*16"),
     (make, {"kind": TMSA, "num_heads": 0}, ValueError, "num_heads = 0"),
@@ -333,7 +353,8 @@ def test_wrong_call(row: Row, expected: tuple[Tensor, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [window_attention, tmsa, time_rows, mlp, add_layer_norm, layer, layer2d, block]
+    "call",
+    [window_attention, tmsa, time_rows, mlp, add_layer_norm, layer_norm, layer, layer2d, block],
 )
 def test_the_good_call_is_good(call: Callable[[], Tensor]) -> None:
     """Each row of the table differs from a call that works."""

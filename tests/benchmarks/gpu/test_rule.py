@@ -23,6 +23,7 @@ SMALL = {
     "tmsa": {"window": (2, 3), "head_dim": 8},
     "mlp": {"shape": (5, 8), "hidden": 12, "out": 7},
     "add_layer_norm": {"shape": (5, 33), "offset": 10.0},
+    "layer_norm": {"shape": (5, 33), "offset": 10.0},
 }
 
 
