@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from diffit.nn.tmsa import TMSA
-from diffit_kernels import add_layer_norm, mlp
+from diffit_kernels import add_layer_norm, layer_norm, mlp
 
 
 class MLP(nn.Module):
@@ -99,6 +99,6 @@ class DiffiTBlock(nn.Module):
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C); ``row`` and ``grid_size`` as in ``TMSA``."""
         self.attn.check(x, temb, row)
-        attention = self.attn(self.norm1(x), temb, row=row, grid_size=grid_size)
+        attention = self.attn(layer_norm(x, self.norm1.eps), temb, row=row, grid_size=grid_size)
         x, normed = add_layer_norm(x, attention, self.norm2.eps)
         return self.mlp(normed, residual=x)
