@@ -27,8 +27,8 @@ from results import CANNOT_RUN, FAILED, OK
 from shapes import SHAPES
 
 SECONDS = 0.25  # of rounds for a contest, and again for its graphs
-WARM_SHARE = 0.45  # of the time, to compile
-WARM_WORKERS = 6
+WARM_SHARE = 0.6  # of the time, to compile
+WARM_WORKERS = 12
 TASK_SECONDS = 120.0
 
 
@@ -240,7 +240,7 @@ def _run(operation: str, job: Job) -> Result:
         command,
         [task | {"warm": True} for task in everything],
         handle,
-        count=min(WARM_WORKERS, max(cores // 2, 1)),
+        count=min(WARM_WORKERS, max(3 * cores // 4, 1)),
         until=job.until - (1 - WARM_SHARE) * job.seconds,
         task_seconds=TASK_SECONDS,
     )

@@ -29,7 +29,7 @@ WIDTHS = (32, 72)
 ODD_WINDOWS = {(1, 1): (3, 3), (3, 5): (3, 2), (7, 7): (1, 2)}
 ODD_WIDTHS = (8, 40, 64, 80, 128)
 TASK_SECONDS = 60.0
-WORKERS = 8
+WORKERS = 12
 
 EMPTY: dict[str, Any] = {"status": OK, "error_over_allowed": None, "where": "", "reason": ""}
 
@@ -127,7 +127,7 @@ def run(job: Job) -> Result:
         workers.command("rule", job.device),
         everything,
         handle,
-        count=min(WORKERS, max((os.cpu_count() or 2) // 2, 1)),
+        count=min(WORKERS, max(3 * (os.cpu_count() or 2) // 4, 1)),
         until=job.until,
         task_seconds=TASK_SECONDS,
     )

@@ -280,7 +280,9 @@ def _output(
     config = _config("mlp_bias", x, len(weight), configs)
     if config == CUBLASLT:
         y = torch.addmm(bias, x, weight.t())
-        return y if residual is None else residual + y
+        if residual is None:
+            return y
+        return y.add_(residual) if residual.dtype == y.dtype else residual + y
     y = (x if residual is None else residual).new_empty(len(x), len(weight))
     _linear(x, weight, bias, residual, None, y, config | {"GELU": False})
     return y
