@@ -41,26 +41,21 @@ class Entry:
 
 
 def entries(task: Task, dtype: torch.dtype, device: torch.device, say: Say) -> Iterator[Entry]:
-    """All contestants, ours first, with their truths unless the task is to warm up."""
+    """All contestants, ours first, with their truths."""
     shape, direction = Shape(**task["shape"]), task["direction"]
     peers = (*PEERS, *kernels.PEERS, *kernels.WITHOUT_BIAS)
     exact, ours, *others = contestants_of(task["operation"], shape, dtype, device, peers)
     by_name = {contestant.name: contestant for contestant in others}
-    truth: Tensors | None = None
-    truth_without_bias: Tensors | None = None
-    plain: dict[str, float] = {}
-    plain_without_bias: dict[str, float] = {}
-    if not task.get("warm"):
-        say("truth")
-        with use_backend("reference"):
-            truth = call_of(exact, direction)()
-            plain = errors(call_of(by_name[PLAIN], direction)(), truth)
-            for name, leaf in exact.leaves.items():
-                if name.endswith("table"):
-                    leaf.detach().zero_()
-            truth_without_bias = call_of(_without_table(exact), direction)()
-            plain_peer = _without_table(by_name[PLAIN_WITHOUT_BIAS])
-            plain_without_bias = errors(call_of(plain_peer, direction)(), truth_without_bias)
+    say("truth")
+    with use_backend("reference"):
+        truth = call_of(exact, direction)()
+        plain = errors(call_of(by_name[PLAIN], direction)(), truth)
+        for name, leaf in exact.leaves.items():
+            if name.endswith("table"):
+                leaf.detach().zero_()
+        truth_without_bias = call_of(_without_table(exact), direction)()
+        plain_peer = _without_table(by_name[PLAIN_WITHOUT_BIAS])
+        plain_without_bias = errors(call_of(plain_peer, direction)(), truth_without_bias)
 
     row = partial(_row, shape, shape.problem(dtype, device), task)
     gflop = sum(ours.gflop[part] for part in DIRECTIONS[direction])

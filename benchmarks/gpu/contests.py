@@ -1,7 +1,7 @@
 """Our backends against the peers at the shapes of the networks: verified, then timed in turn.
 
-First several workers run every call once, so that all is compiled; then one worker measures, alone
-on the device.
+Several workers compile and verify a contest each, side by side; then they time them one after
+another, each alone on the device, before the next ones are prepared.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from results import CANNOT_RUN, FAILED, OK
 from shapes import SHAPES
 
 SECONDS = 0.25  # of rounds for a contest, and again for its graphs
-WARM_SHARE = 0.6  # of the time, to compile
-WARM_WORKERS = 12
+WORKERS = 12
 TASK_SECONDS = 120.0
 
 
@@ -48,7 +47,7 @@ def tasks(operation: str, ceilings: dict[str, Any]) -> list[workers.Task]:
 
 
 def measure(task: workers.Task, device: torch.device, say: Say = lambda at: None) -> Result:
-    """The rows of a contest; of one that is "warm" none, but all is compiled.
+    """The rows of a contest.
 
     ``skip`` has reasons why contestants are left out, by their names.
     """
@@ -67,7 +66,7 @@ def measure(task: workers.Task, device: torch.device, say: Say = lambda at: None
                 continue
             try:
                 got = entry.call()
-                rows[name] = entry.row if task.get("warm") else _verified(entry, got)
+                rows[name] = _verified(entry, got)
                 del got
             except Exception as error:
                 if workers.is_lost(device):
@@ -75,9 +74,7 @@ def measure(task: workers.Task, device: torch.device, say: Say = lambda at: None
                 rows[name] = _failed(entry.row, workers.first_line(error))
             if rows[name].status == OK:
                 calls[name] = entry
-        if task.get("warm"):
-            return {"rows": []}
-        say("timing")
+        say(workers.ALONE)
         rows |= _timed(rows, calls, task, device)
     return {"rows": [asdict(row) for row in rows.values()]}
 
@@ -220,9 +217,8 @@ def _run(operation: str, job: Job) -> Result:
         """Where a worker died, the contest goes on without the contestant it died of."""
         if answer.result is None:
             skip = skips.setdefault(key(task), {})
-            if answer.at in ("", "truth", "timing") or answer.at in skip:
-                if not task.get("warm"):
-                    failures.append(f"{key(task)}: {answer.at}: {answer.error}")
+            if answer.at in ("", "truth", workers.ALONE) or answer.at in skip:
+                failures.append(f"{key(task)}: {answer.at}: {answer.error}")
                 return None
             skip[answer.at] = answer.error
             return task | {"skip": skip}
@@ -234,21 +230,13 @@ def _run(operation: str, job: Job) -> Result:
         job.save(result)
         return None
 
-    command = workers.command("operators", job.device)  # blocks have the same
-    cores = os.cpu_count() or 2
-    workers.run(
-        command,
-        [task | {"warm": True} for task in everything],
-        handle,
-        count=min(WARM_WORKERS, max(3 * cores // 4, 1)),
-        until=job.until - (1 - WARM_SHARE) * job.seconds,
-        task_seconds=TASK_SECONDS,
-    )
+    # A worker compiles by itself: there are as many of them as cores want.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     left = workers.run(
-        command,
-        [task | {"skip": skips.get(key(task), {})} for task in everything],
+        workers.command("operators", job.device),  # blocks have the same
+        everything,
         handle,
-        count=1,
+        count=min(WORKERS, max(3 * (os.cpu_count() or 2) // 4, 1)),
         until=job.until,
         task_seconds=TASK_SECONDS,
     )

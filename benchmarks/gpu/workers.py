@@ -1,7 +1,7 @@
 """Tasks in processes that may die: a fault on the GPU takes its process, never the next task.
 
 A worker reads tasks from its input, a line of JSON each, and answers with lines of JSON: where it
-is, and at the end the result.
+is, and at the end the result. Where it is to be alone on the device, it waits for a line more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from gpu.schedule import last_lines
 
 Task = dict[str, Any]
 Result = dict[str, Any]
+
+ALONE = "timing"  # what a worker says where it is to be alone
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ class Worker:
         )
         self._received = b""
 
-    def ask(self, task: Task, seconds: float) -> Answer:
-        """The answer; where there is none in time, or no more worker, it is closed."""
+    def ask(self, task: Task, seconds: float, wait_for_turn: Callable[[], None]) -> Answer:
+        """The answer; where there is none in time, or no more worker, it is closed.
+
+        The wait to be alone does not count.
+        """
         process, end = self._process, time.monotonic() + seconds
         assert process.stdin is not None
         at = ""
@@ -64,6 +70,12 @@ class Worker:
                 if "result" in said:
                     return Answer(said["result"])
                 at = said["at"]
+                if at == ALONE:
+                    before = time.monotonic()
+                    wait_for_turn()
+                    end += time.monotonic() - before
+                    process.stdin.write(b"\n")
+                    process.stdin.flush()
         except (BrokenPipeError, EOFError):
             self.close()
             self._errors.seek(0)
@@ -91,6 +103,44 @@ class Worker:
         self._process.wait()
 
 
+class Turns:
+    """Who prepares does so beside others; who is ready acts alone, and while nobody prepares."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._preparing = self._ready = 0
+        self._acting = False
+
+    @contextmanager
+    def prepare(self) -> Iterator[Callable[[], None]]:
+        """Begins when nobody is ready; gives what waits for the turn, which ends with the block."""
+        ready = False
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready == 0)
+            self._preparing += 1
+
+        def wait_for_turn() -> None:
+            nonlocal ready
+            with self._changed:
+                ready = True
+                self._preparing -= 1
+                self._ready += 1
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._preparing == 0 and not self._acting)
+                self._acting = True
+
+        try:
+            yield wait_for_turn
+        finally:
+            with self._changed:
+                if ready:
+                    self._acting = False
+                    self._ready -= 1
+                else:
+                    self._preparing -= 1
+                self._changed.notify_all()
+
+
 def run(
     command: Sequence[str],
     tasks: Iterable[Task],
@@ -105,19 +155,20 @@ def run(
     ``handle`` gets one answer at a time, and may return a task to be done next. A worker that died
     or did not answer within ``task_seconds`` is replaced.
     """
-    waiting, lock = deque(tasks), threading.Lock()
+    waiting, lock, turns = deque(tasks), threading.Lock(), Turns()
     failures: list[BaseException] = []
 
     def work() -> None:
         worker = None
         try:
-            while (left := until - time.time()) > 0:
-                with lock:
-                    if not waiting:
-                        return
-                    task = waiting.popleft()
-                worker = worker or Worker(command)
-                answer = worker.ask(task, min(task_seconds, left))
+            while time.time() < until:
+                with turns.prepare() as wait_for_turn:
+                    with lock:
+                        if not waiting or (left := until - time.time()) <= 0:
+                            return
+                        task = waiting.popleft()
+                    worker = worker or Worker(command)
+                    answer = worker.ask(task, min(task_seconds, left), wait_for_turn)
                 with lock:
                     if answer.result is None:
                         worker = None
@@ -152,9 +203,14 @@ def serve(function: Callable[[Task, Callable[[str], None]], Result]) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
+    def at(place: str) -> None:
+        say(at=place)
+        if place == ALONE:
+            sys.stdin.readline()
+
     for line in sys.stdin:
         try:
-            say(result=function(json.loads(line), lambda at: say(at=at)))
+            say(result=function(json.loads(line), at))
         except Exception as error:
             traceback.print_exc()
             print(first_line(error), file=sys.stderr, flush=True)

@@ -122,19 +122,10 @@ def test_ours_that_cannot_run_has_failed_but_for_a_dtype_that_it_has_not(
     assert found["eager"].time_over_triton is None
 
 
-def test_to_warm_up_is_to_call_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch)
-    places: list[str] = []
-    warm = task("attention", "training", warm=True)
-    assert contests.measure(warm, CPU, places.append) == {"rows": []}
-    assert {"triton", "cuda", "eager", "sdpa"} <= set(places)
-    assert "truth" not in places
-
-
 def test_a_contestant_that_kills_is_left_out_of_the_second_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It dies of "cuda" in one contest while warming up, and in another whenever it starts."""
+    """It dies of "cuda" in one contest, and in another whenever it starts."""
     script = """
 import json, os, sys
 for line in sys.stdin:
@@ -146,7 +137,7 @@ for line in sys.stdin:
     if "cuda" not in task["skip"]:
         print("an illegal access", file=sys.stderr, flush=True)
         os._exit(1)
-    rows = [] if task.get("warm") else [task["row"] | {"reason": task["skip"]["cuda"]}]
+    rows = [task["row"] | {"reason": task["skip"]["cuda"]}]
     print(json.dumps({"result": {"rows": rows}}), flush=True)
 """
     row = asdict(

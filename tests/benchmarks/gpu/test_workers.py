@@ -79,6 +79,38 @@ def test_what_the_time_does_not_reach_is_left() -> None:
     assert [task["n"] for task in left] == [4, 5]
 
 
+def test_who_times_is_alone() -> None:
+    script = """
+import json, sys, time
+for line in sys.stdin:
+    begin = time.time()
+    time.sleep(json.loads(line)["prepare"])
+    print(json.dumps({"at": "timing"}), flush=True)
+    ready = time.time()
+    sys.stdin.readline()
+    alone = time.time()
+    time.sleep(0.05)
+    spans = {"preparing": [begin, ready], "alone": [alone, time.time()]}
+    print(json.dumps({"result": spans}), flush=True)
+"""
+    results: list[Any] = []
+    left = workers.run(
+        [sys.executable, "-S", "-c", script],
+        [{"prepare": 0.1 * (n % 3)} for n in range(7)],
+        lambda task, answer: results.append(answer.result),
+        count=3,
+        until=time.time() + 30,
+        task_seconds=10.0,
+    )
+    assert left == []
+    assert len(results) == 7
+    for n, one in enumerate(results):
+        others = [other for m, other in enumerate(results) if m != n]
+        spans = [other[what] for other in others for what in ("preparing", "alone")]
+        begin, end = one["alone"]
+        assert all(stop <= begin or end <= start for start, stop in spans)
+
+
 def test_what_handles_answers_may_fail() -> None:
     def handle(task: Task, answer: Answer) -> None:
         raise LookupError("lost")

@@ -109,11 +109,13 @@ def test_borders_of_tiles(all_in_tiles: None, case: AttentionCase, dtype: torch.
 @pytest.mark.parametrize("absent", [None, 0, 1])
 def test_sums_of_rows(parts: int, absent: int | None) -> None:
     """Over parts that fill what a program reads at once, and do not; of either row alone."""
-    problem = WindowAttentionProblem(2, (4, 4), (4, 4), 5, 32, torch.float16, "cpu")
-    partials: list[Tensor | None] = [torch.randn(2, parts, problem.dim) for _ in range(2)]
+    problem = WindowAttentionProblem(2, (4, 4), (4, 4), 5, 32, torch.float16, DEVICE)
+    partials: list[Tensor | None] = [
+        torch.randn(2, parts, problem.dim, device=DEVICE) for _ in range(2)
+    ]
     if absent is not None:
         partials[absent] = None
-    qkv = torch.empty(0, dtype=torch.float16)
+    qkv = torch.empty(0, dtype=torch.float16, device=DEVICE)
     sums = attention._row_sums(problem, *partials, qkv)
     for terms, total in zip(partials, sums, strict=True):
         assert (terms is None) == (total is None)
