@@ -1,6 +1,7 @@
-"""Write the measured tables again from benchmarks/results/*/results.json.
+"""Write the measured tables again from benchmarks/results.
 
-The README gets a line per device and dtype, docs/results.md every layer and every network.
+The README gets a line per device and dtype, and every layer on GPUs; docs/results.md every layer on
+CPUs and every network.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_table
 import network_table
 from results import Contest, Row, contests, read, summarise
 from table import DTYPES
 
 BEGIN, END = RESULTS_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+GPU_MARKERS = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
 NETWORKS_MARKERS = ("<!-- networks:begin -->", "<!-- networks:end -->")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -134,8 +137,11 @@ def main() -> int:
         for folder in networks
         if folder.name != "quick"
     ]
+    suites = [gpu_table.read(path.parent) for path in sorted(RESULTS.glob("*/gpu_suite.json"))]
+    gpus = [gpu_table.markdown(device, rows) for device, rows in suites if rows]
     tables = [
         ("README.md", RESULTS_MARKERS, summary_table(runs)),
+        ("README.md", GPU_MARKERS, "\n\n".join(gpus) or "Not measured yet."),
         ("docs/results.md", RESULTS_MARKERS, "\n\n".join(device_table(*run) for run in runs)),
         ("docs/results.md", NETWORKS_MARKERS, "\n\n".join(models) or "Not measured yet."),
     ]

@@ -71,8 +71,12 @@ def nearest(kernel: str, device: torch.device, itemsize: int, **shape: int) -> E
 
 @cache
 def table_of(device: torch.device) -> Table:
+    """That of a device."""
+    return table_named(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+
+
+def table_named(name: str) -> Table:
     """The table that names the device, by the longest name of those that do; else the default."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     found = [
         (len(words), table)
         for table, content in tables().items()
