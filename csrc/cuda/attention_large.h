@@ -140,11 +140,12 @@ BOTH constexpr int large_shared(int height, int width) {
 }
 template <int D>
 constexpr int large_forward_shared(int height, int width) {
-    return tile_size<D>(forward_groups<D> * block_rows + 4 * forward_keys<D>) * 2 + large_shared(height, width);
+    return tile_size<D>(forward_groups<D> * block_rows + 4 * forward_keys<D>) * 2 +
+           large_shared(height, width);
 }
 
-// A block has done with the queries in shared memory as soon as its warps have them in registers, so the
-// first tiles of its next window come while it computes with the last ones of this.
+// A block has done with the queries in shared memory as soon as its warps have them in registers, so
+// the first tiles of its next window come while it computes with the last ones of this.
 template <class T, int D>
 __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const WindowAttention p) {
     constexpr int R = forward_groups<D>, N = forward_keys<D>, rows = R * block_rows;
@@ -216,7 +217,8 @@ __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const W
             const int first = opaque(work.slot + own + 16 * r);  // not in a register until here
             scale_rows(o[r], inverse);
             if (p.v_row) add_to_rows<T, D>(o[r], p.v_row + head.in_row(), head_dim);
-            store_directly<T, D>(o[r], head_dim, LargeRows<uint16_t>{slots, p.out + head.in_result(1), dim_of(p), first});
+            const LargeRows<uint16_t> out{slots, p.out + head.in_result(1), dim_of(p), first};
+            store_directly<T, D>(o[r], head_dim, out);
             store_lse(LargeRows<float>{slots, p.lse + head.in_lse(), 1, first}, m[r], total[r]);
         }
     }

@@ -16,8 +16,8 @@ namespace diffit::cuda {
 template <int D>
 constexpr int backward_rows = D <= 96 ? 32 : 16;
 
-// Blocks of the kernel of dQ that a multiprocessor holds at once. With three a thread has 168 registers,
-// which compilers for later architectures than Hopper's do not make do with.
+// Blocks of the kernel of dQ that a multiprocessor holds at once. With three a thread has 168
+// registers, which the compiler does not make do with for architectures after Hopper.
 template <int D>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int q_blocks = 2;

@@ -19,8 +19,8 @@ BOTH constexpr int table_part_size(int height, int width) {
     return height * width + (height - 1) * (width - 1) + 15 + rows_beyond(16, width) * (width - 1);
 }
 
-// Where a warp brings together, of dS of its 16 keys and N queries, what belongs to one row of the table:
-// a matrix with a row for each key. A pair is in the column (i - query) + (last - j) + dy (pitch - 1),
+// Where a warp brings together, of dS of its 16 keys and N queries, what belongs to one row of the
+// table: a matrix with a row for each key. A pair is in column (i - query) + (last - j) + dy (pitch - 1),
 // where i and j are its slots, counted from the first query and the last key, and dy the rows of the
 // window between them, counted alike. That is a row of the table, less one that all have in common,
 // where the pitch is the width; a wide window has a smaller pitch, so that the columns are few.
@@ -33,7 +33,8 @@ struct Diagonals {
     BOTH static constexpr int columns(int width) {
         return N + 15 + (rows_beyond(N, width) + rows_beyond(16, width)) * (pitch(width) - 1);
     }
-    BOTH static constexpr int units(int width) { return (columns(width) + 3) / 4 | 1; }  // odd: fewer conflicts
+    // Of 16 bytes to a row: odd, so that fewer rows share banks.
+    BOTH static constexpr int units(int width) { return (columns(width) + 3) / 4 | 1; }
     BOTH static constexpr int size(int width) { return 16 * 4 * units(width); }
 
     DEVICE Diagonals(Shared<float> place, int width)

@@ -16,9 +16,9 @@ __global__ void __launch_bounds__(threads, 1) sum_rows(const float* part, int64_
     out[i] = static_cast<uint16_t>(T::pack(total, 0));
 }
 
-// The gradient of the table from parts (heads, splits, groups, length). A part is of one group of `keys`
-// keys of a window, and begins with the row of the table in which the last of them meets the first
-// query.
+// The gradient of the table from parts (heads, splits, groups, length). A part is of one group of
+// `keys` keys of a window, and begins with the row of the table in which the last of them meets the
+// first query.
 constexpr int sum_warps = 16, sum_threads = 32 * sum_warps;
 inline __global__ void __launch_bounds__(sum_threads, 1)
     sum_table(const WindowAttention p, int splits, int keys, int length) {

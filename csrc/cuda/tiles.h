@@ -248,8 +248,8 @@ DEVICE void two_products(float (&c)[N / 8][4], Shared<uint16_t> a, Shared<uint16
     }
 }
 
-// c (16 R, N) = a (16 R, D) b^T, b (N, D): R groups of rows, in registers, and what is loaded of b serves
-// all of them.
+// c (16 R, N) = a (16 R, D) b^T, b (N, D): R groups of rows, in registers, and what is loaded of b
+// serves all of them.
 template <class T, int R, int N, int D>
 DEVICE void product(float (&c)[R][N / 8][4], const uint32_t (&a)[R][D / 16][4], Shared<uint16_t> b) {
     for (int r = 0; r < R; ++r) zero(c[r]);

@@ -64,7 +64,8 @@ DEVICE uint32_t shared_address(Shared<T> p) {
 
 // *to += value, which nobody waits for.
 DEVICE void add_async(float* to, float value) {
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value)
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
+                 "f"(value)
                  : "memory");
 }
 

@@ -32,7 +32,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Plan {
     WindowAttention p;
     int64_t window_tokens, tokens, row_parts;
-    int64_t table_splits, table_keys, table_length;  // parts of a group of keys; keys and numbers of one
+    int64_t table_splits, table_keys, table_length;  // parts of some keys; keys and numbers of one
     bool small;
 
     explicit Plan(const WindowAttention& problem) : p(problem) {
@@ -98,8 +98,8 @@ int shared_bytes(const WindowAttention& problem) {
     const Kernels& kernels = kernels_of(problem);
     const int index = plan.window_tokens > 16;
     const auto bytes = [&](auto&... of) { return std::max({plan.shared_bytes(of)...}); };
-    return plan.small ? bytes(kernels.small_forward[index], kernels.small_backward[index])
-                      : bytes(kernels.large_forward, kernels.large_backward_q, kernels.large_backward_kv);
+    if (plan.small) return bytes(kernels.small_forward[index], kernels.small_backward[index]);
+    return bytes(kernels.large_forward, kernels.large_backward_q, kernels.large_backward_kv);
 }
 
 void forward(const WindowAttention& problem, void* stream) {
@@ -111,7 +111,8 @@ void forward(const WindowAttention& problem, void* stream) {
     else
         // As many as run at once: each has its next window copied while it computes.
         plan.run(kernels.large_forward,
-                 plan.cut(kernels.large_forward_rows, kernels.large_forward_at_once * multiprocessors()),
+                 plan.cut(kernels.large_forward_rows,
+                          kernels.large_forward_at_once * multiprocessors()),
                  stream);
 }
 
@@ -136,11 +137,12 @@ void backward(const WindowAttention& problem, void* stream) {
                 "sum_rows", sum_of_rows, ceil_div(size, threads), threads, 0, stream, part,
                 plan.row_parts, dim, size, out);
     if (p.grad_table) {
-        const int rows = table_rows(static_cast<int>(p.window_height), static_cast<int>(p.window_width));
+        const int rows = table_rows(static_cast<int>(p.window_height),
+                                    static_cast<int>(p.window_width));
         launch<WindowAttention, int, int, int>(
-            "sum_table", sum_table, ceil_div(rows, 32) * p.heads, sum_threads, sum_threads * sizeof(float), stream,
-            p, static_cast<int>(plan.table_splits), static_cast<int>(plan.table_keys),
-            static_cast<int>(plan.table_length));
+            "sum_table", sum_table, ceil_div(rows, 32) * p.heads, sum_threads,
+            sum_threads * sizeof(float), stream, p, static_cast<int>(plan.table_splits),
+            static_cast<int>(plan.table_keys), static_cast<int>(plan.table_length));
     }
 }
 
