@@ -50,12 +50,16 @@ class Worker:
         )
         self._received = b""
 
-    def ask(self, task: Task, seconds: float, wait_for_turn: Callable[[], None]) -> Answer:
+    def ask(
+        self, task: Task, seconds: float, until: float, wait_for_turn: Callable[[], None]
+    ) -> Answer:
         """The answer; where there is none in time, or no more worker, it is closed.
 
-        The wait to be alone does not count.
+        The wait to be alone does not count in the seconds; ``until`` (in ``time.time()``) holds.
         """
-        process, end = self._process, time.monotonic() + seconds
+        process, begin = self._process, time.monotonic()
+        last = begin + until - time.time()
+        end = min(begin + seconds, last)
         assert process.stdin is not None
         at = ""
         try:
@@ -73,7 +77,10 @@ class Worker:
                 if at == ALONE:
                     before = time.monotonic()
                     wait_for_turn()
-                    end += time.monotonic() - before
+                    end = min(end + time.monotonic() - before, last)
+                    if time.monotonic() >= end:
+                        self.close()
+                        return Answer(None, at, "its turn came too late")
                     process.stdin.write(b"\n")
                     process.stdin.flush()
         except (BrokenPipeError, EOFError):
@@ -164,11 +171,11 @@ def run(
             while time.time() < until:
                 with turns.prepare() as wait_for_turn:
                     with lock:
-                        if not waiting or (left := until - time.time()) <= 0:
+                        if not waiting or time.time() >= until:
                             return
                         task = waiting.popleft()
                     worker = worker or Worker(command)
-                    answer = worker.ask(task, min(task_seconds, left), wait_for_turn)
+                    answer = worker.ask(task, task_seconds, until, wait_for_turn)
                 with lock:
                     if answer.result is None:
                         worker = None

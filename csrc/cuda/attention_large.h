@@ -1,8 +1,8 @@
 // Attention in windows of more than 64 tokens: tiles of queries against tiles of keys, nothing of
 // size M x M. What the kernels share, and the forward pass.
 //
-// A block has 64 queries or keys of its own, 16 to a warp, and reads the others in tiles, the next
-// one in the background.
+// A block has 64 queries or keys of its own, 16 to a warp, in the forward pass up to twice as many, and
+// reads the others in tiles, the next one in the background.
 #pragma once
 
 #include "tiles.h"
@@ -36,7 +36,7 @@ struct LargeWork {
     }
 };
 
-// Slots of whole tiles.
+// Slots of whole tiles: the largest has 128 rows.
 BOTH constexpr int padded_slots(int slots) { return (slots + 127) / 128 * 128; }
 
 // Where the slots of a window are: in a table, since every tile looks them up. After the last slot
@@ -153,15 +153,15 @@ __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const W
     const LargeWork work(p, shape, rows);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * R * warp(),
               tiles = tiles_of(shape, N);
-    const auto table = shared_memory<float>();
+    const auto q = shared_memory<uint16_t>(), keys = q + tile_size<D>(rows);  // k and v, twice
+    const auto table = (keys + tile_size<D>(4 * N)).template as<float>();
     const Slots slots((table + table_size(shape.table_rows())).template as<int>(), shape);
-    const auto q = (slots.offsets + padded_slots(slots.count)).template as<uint16_t>(),
-               keys = q + tile_size<D>(rows);  // k and v, twice
     const auto place = [&](int step) { return keys + tile_size<D>(step % 2 * 2 * N); };
     const auto copy_first = [&](int window, int step) {
         const Head head(p, window, work.head);
-        copy_slots<D, rows>(q, slots, work.slot, p.head_dim, head.q);
-        copy_slots<D, N>(place(step), slots, 0, p.head_dim, head.k, head.v);
+        // Opaque: addresses and bounds of all rows are too many to keep in registers.
+        copy_slots<D, rows>(q, slots, opaque(work.slot), p.head_dim, head.q);
+        copy_slots<D, N>(place(step), slots, opaque(0), p.head_dim, head.k, head.v);
     };
     load_table(table, p, work.head, shape.table_rows());
     block_barrier();
@@ -211,15 +211,16 @@ __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const W
             accumulate<T, R, N, D>(o, s, v);
         }
 
+        const Head done(p, opaque(window), work.head);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             const float inverse[2] = {1 / total[r][0], 1 / total[r][1]};
             const int first = opaque(work.slot + own + 16 * r);  // not in a register until here
             scale_rows(o[r], inverse);
-            if (p.v_row) add_to_rows<T, D>(o[r], p.v_row + head.in_row(), head_dim);
-            const LargeRows<uint16_t> out{slots, p.out + head.in_result(1), dim_of(p), first};
+            if (p.v_row) add_to_rows<T, D>(o[r], p.v_row + done.in_row(), head_dim);
+            const LargeRows<uint16_t> out{slots, p.out + done.in_result(1), dim_of(p), first};
             store_directly<T, D>(o[r], head_dim, out);
-            store_lse(LargeRows<float>{slots, p.lse + head.in_lse(), 1, first}, m[r], total[r]);
+            store_lse(LargeRows<float>{slots, p.lse + done.in_lse(), 1, first}, m[r], total[r]);
         }
     }
 }

@@ -17,13 +17,9 @@ template <int D>
 constexpr int backward_rows = D <= 96 ? 32 : 16;
 
 // Blocks of the kernel of dQ that a multiprocessor holds at once. With three a thread has 168
-// registers, which the compiler does not make do with for architectures after Hopper.
+// registers, which is too few for some widths on some architectures.
 template <int D>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int q_blocks = 2;
-#else
-constexpr int q_blocks = D <= 80 ? 3 : 2;
-#endif
+constexpr int q_blocks = D <= 32 || D == 80 ? 3 : 2;
 
 template <int D>
 constexpr int large_backward_q_shared(int height, int width) {
@@ -53,8 +49,9 @@ __global__ void __launch_bounds__(threads, q_blocks<D>)
     for (int window = work.split; window < work.windows; window += work.splits) {
         const Head head(p, window, work.head);
         block_barrier();  // the window before is done with its tiles
-        copy_slots<D, block_rows>(q, slots, work.slot, p.head_dim, head.q, head.grad_out);
-        copy_slots<D, N>(keys, slots, 0, p.head_dim, head.k, head.v);
+        // Opaque: addresses and bounds of all rows are too many to keep in registers.
+        copy_slots<D, block_rows>(q, slots, opaque(work.slot), p.head_dim, head.q, head.grad_out);
+        copy_slots<D, N>(keys, slots, opaque(0), p.head_dim, head.k, head.v);
         commit_copies();
         wait_for_copies<0>();
         if (p.q_row) {
@@ -82,7 +79,8 @@ __global__ void __launch_bounds__(threads, q_blocks<D>)
             }
             // All have left the tile before: the next one takes its place.
             if (tile + 1 < tiles)
-                copy_slots<D, N>(place(tile + 1), slots, (tile + 1) * N, p.head_dim, head.k, head.v);
+                copy_slots<D, N>(place(tile + 1), slots, (tile + 1) * N, opaque(head_dim), head.k,
+                                 head.v);
             commit_copies();
             const auto k = place(tile), v = k + tile_size<D>(N);
             float both[2][N / 8][4];
@@ -135,13 +133,13 @@ __global__ void __launch_bounds__(threads, q_blocks<D>)
                          LargeRows<uint16_t>{slots, p.grad_qkv + done.in_result(3), 3 * dim_of(p),
                                              first});
         block_barrier();
-        if (thread_index() < head_dim) {
+        if (const int column = thread_index(); column < head_dim) {
             const int64_t parts = windows_of(p) * tiles_of(shape, block_rows);
             const int64_t part = done.window * tiles_of(shape, block_rows) + work.tile;
-            const int64_t at = (done.sample * parts + part) * dim_of(p) + work.head * head_dim +
-                               thread_index();
-            if (p.q_part) p.q_part[at] = column_sum<T, D>(q, thread_index());
-            if (p.v_part) p.v_part[at] = column_sum<T, D>(grad, thread_index());
+            const int64_t at =
+                (done.sample * parts + part) * dim_of(p) + work.head * head_dim + column;
+            if (p.q_part) p.q_part[at] = column_sum<T, D>(q, column);
+            if (p.v_part) p.v_part[at] = column_sum<T, D>(grad, column);
         }
     }
 }
@@ -192,8 +190,8 @@ __global__ void __launch_bounds__(threads, 2)
     for (int window = work.split; window < work.windows; window += work.splits) {
         const Head head(p, window, work.head);
         block_barrier();  // the window before is done with its tiles
-        copy_slots<D, block_rows>(k, slots, work.slot, p.head_dim, head.k, head.v);
-        copy_slots<D, N>(queries, slots, 0, p.head_dim, head.q_with_row, head.grad_out);
+        copy_slots<D, block_rows>(k, slots, opaque(work.slot), p.head_dim, head.k, head.v);
+        copy_slots<D, N>(queries, slots, opaque(0), p.head_dim, head.q_with_row, head.grad_out);
         commit_copies();
         for (int slot = thread_index(); slot < padded; slot += threads) {
             const bool live = slot < slots.count;

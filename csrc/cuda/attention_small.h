@@ -102,6 +102,36 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
     }
 }
 
+// Stores an accumulator (16, N) of the warp into its rows of a (64, N) tile of float32.
+template <int N>
+constexpr int float_stride = N + 1;
+template <int N>
+DEVICE void store_floats(Shared<float> tile, const float (&x)[N / 8][4]) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            store(tile + ((16 * warp() + row_slot(0, i)) * float_stride<N> + column_slot(0, n, i)),
+                  x[n][i]);
+}
+
+// The sum of dS of a window over the pairs of row r of the table, query by query.
+template <int N>
+DEVICE float fold(Shared<float> tile, const Window& window, int r) {
+    const int stride = 2 * window.width - 1;
+    const int dy = r / stride - (window.height - 1), dx = r % stride - (window.width - 1);
+    const int shift = -dy * window.width - dx;  // from query to key
+    int x = -dx;                                // of the key
+    float total = 0;
+    for (int i = 0; i < window.slots; ++i) {
+        const int j = i + shift;
+        if (x >= 0 && x < window.width && j >= 0 && j < window.slots)
+            total += load(tile + (i * float_stride<N> + j));
+        if (++x == window.width - dx) x = -dx;
+    }
+    return total;
+}
+
 template <int D, int N>
 constexpr int small_backward_shared(int height, int width) {
     const int tiles = (4 * tile_size<D>(block_rows) + 2 * tile_size<N>(block_rows)) * 2;
@@ -205,7 +235,7 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
     for (int r = thread_index(); r < rows; r += threads) {
         float sum = 0;
         for (int row = 0; row < block_rows; row += N)
-            sum += fold<N>(floats + row * float_stride<N>, N, window, 0, 0, r);
+            sum += fold<N>(floats + row * float_stride<N>, window, r);
         part[r] = sum;
     }
 }

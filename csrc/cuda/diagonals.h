@@ -20,9 +20,9 @@ BOTH constexpr int table_part_size(int height, int width) {
 }
 
 // Where a warp brings together, of dS of its 16 keys and N queries, what belongs to one row of the
-// table: a matrix with a row for each key. A pair is in column (i - query) + (last - j) + dy (pitch - 1),
-// where i and j are its slots, counted from the first query and the last key, and dy the rows of the
-// window between them, counted alike. That is a row of the table, less one that all have in common,
+// table: a matrix with a row for each key. A pair is in column (i - query) + (last - j) + dy (pitch - 1):
+// i and j are its slots, counted from the first query and the last key, and dy the rows of the window
+// between them, counted alike. That is a row of the table, less one that all have in common,
 // where the pitch is the width; a wide window has a smaller pitch, so that the columns are few.
 template <int N>
 struct Diagonals {
@@ -33,7 +33,7 @@ struct Diagonals {
     BOTH static constexpr int columns(int width) {
         return N + 15 + (rows_beyond(N, width) + rows_beyond(16, width)) * (pitch(width) - 1);
     }
-    // Of 16 bytes to a row: odd, so that fewer rows share banks.
+    // Of 16 bytes, to a row: an odd number, so that fewer rows share banks.
     BOTH static constexpr int units(int width) { return (columns(width) + 3) / 4 | 1; }
     BOTH static constexpr int size(int width) { return 16 * 4 * units(width); }
 

@@ -36,10 +36,11 @@ struct WindowAttention {
 
     // Filled in by the launchers.
     int64_t windows, windows_across;  // of a sample, and side by side
-    int64_t splits, steps;       // parts of a sample, and what each of them does one after another
+    int64_t splits, steps;       // small: parts of a sample, and what each does one after another;
+                                 // large: of the windows of all samples, each takes every splits-th
     float *weight, *delta;       // (B, heads, L): 1 / sum of a row, and rowsum(P dP)
     uint16_t* q;                 // (B, L, C): q + q_row, null without q_row
-    float* table_part;           // (heads, parts, table rows) or null
+    float* table_part;           // (heads, splits, groups of keys, length) or null, see sum_table
     float *q_part, *v_part;      // (B, parts, C) or null
 };
 

@@ -1,5 +1,5 @@
-// What the attention kernels share: tiles of rows in shared memory, products of tiles, logits with
-// their bias, and the fold of their gradient onto the table.
+// What the attention kernels share: tiles of rows in shared memory, products of tiles, and logits with
+// their bias.
 //
 // A block is four warps. A tile is some rows of a head, D columns of 16 bits, D a multiple of 16;
 // what a head or a window has not is zero. Its rows lie D + 8 elements apart: an odd number of 16
@@ -16,7 +16,7 @@
 namespace diffit::cuda {
 
 constexpr int warps = 4, threads = 32 * warps;
-constexpr int block_rows = 16 * warps;  // rows of a block, 16 to a warp
+constexpr int block_rows = 16 * warps;  // rows of a block, 16 to a warp, of most kernels
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 template <int D>
@@ -432,41 +432,6 @@ DEVICE void store_lse(const At& at, const float (&m)[2], const float (&total)[2]
         float* to = at(row_slot(0, 2 * r));
         if (to && lane() % 4 == 0) *to = (m[r] + log2f(total[r])) * ln_2;
     }
-}
-
-// --- gradient of the table
-
-// Stores an accumulator (16, N) of the warp into its rows of a (64, N) tile of float32.
-template <int N>
-constexpr int float_stride = N + 1;
-template <int N>
-DEVICE void store_floats(Shared<float> tile, const float (&x)[N / 8][4]) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            store(tile + ((16 * warp() + row_slot(0, i)) * float_stride<N> + column_slot(0, n, i)),
-                  x[n][i]);
-}
-
-// The sum of a tile of dS over the pairs of row r of the table, query by query. Its rows start at
-// slot `query`, its columns at slot `key`.
-template <int N>
-DEVICE float fold(Shared<float> tile, int rows, const Window& window, int query, int key, int r) {
-    const int stride = 2 * window.width - 1;
-    const int dy = r / stride - (window.height - 1), dx = r % stride - (window.width - 1);
-    const int shift = query - key - dy * window.width - dx;  // from row to column
-    const int keys = window.slots - key < N ? window.slots - key : N;
-    const int queries = window.slots - query < rows ? window.slots - query : rows;
-    int x = query - window.row(query) * window.width - dx;  // of the key
-    float total = 0;
-    for (int i = 0; i < queries; ++i) {
-        const int j = i + shift;
-        if (x >= 0 && x < window.width && j >= 0 && j < keys)
-            total += load(tile + (i * float_stride<N> + j));
-        if (++x == window.width - dx) x = -dx;
-    }
-    return total;
 }
 
 }  // namespace diffit::cuda

@@ -1,6 +1,7 @@
 // Chooses and launches the kernels of a problem, and the C interface that diffit_kernels.cuda calls.
 // A function returns null or what went wrong, until the next call on the same thread.
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "diagonals.h"
@@ -28,11 +29,13 @@ const Kernels& kernels_of(const WindowAttention& p) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The problem and how it is cut: by its shape alone, so that sums are the same on every device.
+// The problem and how it is cut: by its shape alone, so that sums are the same on every device. (The
+// forward pass sums nothing over blocks.)
 struct Plan {
     WindowAttention p;
     int64_t window_tokens, tokens, row_parts;
-    int64_t table_splits, table_keys, table_length;  // parts of some keys; keys and numbers of one
+    // Parts for each group of keys; keys of a group, numbers of a part.
+    int64_t table_splits, table_keys, table_length;
     bool small;
 
     explicit Plan(const WindowAttention& problem) : p(problem) {
@@ -51,7 +54,7 @@ struct Plan {
             table_keys = window_tokens;
             table_length = table_rows(height, width);
         } else {
-            cut(block_rows, p.blocks);
+            cut();
             row_parts = p.windows * ceil_div(window_tokens, block_rows);
             table_keys = 16;
             table_splits = p.splits;
@@ -59,10 +62,23 @@ struct Plan {
         }
     }
 
-    // Blocks of a large kernel with so many rows to a block, about `wanted`; and the splits for them.
-    int64_t cut(int rows, int64_t wanted) {
-        const int64_t blocks = ceil_div(window_tokens, rows) * p.heads;
-        p.splits = std::clamp<int64_t>(wanted / blocks, 1, p.batch * p.windows);
+    // Blocks of a large backward kernel, about p.blocks, and the splits for them.
+    int64_t cut() {
+        const int64_t blocks = ceil_div(window_tokens, block_rows) * p.heads;
+        p.splits = std::clamp<int64_t>(p.blocks / blocks, 1, p.batch * p.windows);
+        return blocks * p.splits;
+    }
+
+    // The same of the forward kernel, where `at_once` blocks run at once: the cut that is done first,
+    // if to begin costs a block half of a window.
+    int64_t cut_forward(int rows, int64_t at_once) {
+        const int64_t blocks = ceil_div(window_tokens, rows) * p.heads, windows = p.batch * p.windows;
+        int64_t least = std::numeric_limits<int64_t>::max();
+        for (int64_t in_turn = 1; in_turn <= std::min<int64_t>(windows, 64); ++in_turn) {
+            const int64_t splits = ceil_div(windows, in_turn);
+            const int64_t time = ceil_div(blocks * splits, at_once) * (2 * in_turn + 1);
+            if (time < least) least = time, p.splits = splits;
+        }
         return blocks * p.splits;
     }
 
@@ -109,10 +125,9 @@ void forward(const WindowAttention& problem, void* stream) {
     if (plan.small)
         plan.run(kernels.small_forward[plan.window_tokens > 16], p.heads * p.batch * p.splits, stream);
     else
-        // As many as run at once: each has its next window copied while it computes.
         plan.run(kernels.large_forward,
-                 plan.cut(kernels.large_forward_rows,
-                          kernels.large_forward_at_once * multiprocessors()),
+                 plan.cut_forward(kernels.large_forward_rows,
+                                  kernels.large_forward_at_once * multiprocessors()),
                  stream);
 }
 
@@ -125,7 +140,7 @@ void backward(const WindowAttention& problem, void* stream) {
         plan.run(kernels.small_backward[plan.window_tokens > 16], p.heads * p.batch * p.splits,
                  stream);
     } else {
-        const int64_t blocks = plan.cut(block_rows, p.blocks);
+        const int64_t blocks = plan.cut();
         plan.run(kernels.large_backward_q, blocks, stream);
         plan.run(kernels.large_backward_kv, blocks, stream);
     }

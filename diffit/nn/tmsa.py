@@ -188,10 +188,10 @@ class TMSA(nn.Module):
                 f"got shape {tuple(x.shape)}"
             )
         weight = self.qkv.weight
+        cast = autocast.is_active(weight)
         for name, tensor in (("x", x), ("temb", temb), ("row", row)):
             if tensor is not None:
-                dtype = tensor.dtype if autocast.is_active(weight) else weight.dtype
-                require_like(name, tensor, dtype, weight)
+                require_like(name, tensor, tensor.dtype if cast else weight.dtype, weight)
         if row is not None:
             if temb is not None:
                 raise ValueError("row: it stands in place of temb, got both")

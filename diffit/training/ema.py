@@ -19,9 +19,11 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, beta: float) -> None:
         """``average = beta average + (1 - beta) parameter``."""
-        # Few launches for all of them: a small network waits for little else.
-        parameters = [parameter.detach() for parameter in network.parameters()]
-        torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - beta)
+        # In few launches: one for each parameter is most of what a small network waits for.
+        named = dict(network.named_parameters())
+        averages = [self.averages[name] for name in named]
+        parameters = [parameter.detach() for parameter in named.values()]
+        torch._foreach_lerp_(averages, parameters, 1 - beta)
 
     def state_dict(self, network: nn.Module) -> dict[str, Tensor]:
         """The network's state with averages for parameters, whole, on the CPU.

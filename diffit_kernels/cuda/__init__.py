@@ -74,7 +74,7 @@ def supports(problem: AnyProblem) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _shared_bytes(window_size: tuple[int, int], head_dim: int) -> int:
-    """What a block needs of shared memory."""
+    """What a block needs of shared memory, forward and backward, whichever is more."""
     return _loaded().shared_bytes(
         Problem(1, *window_size, *window_size, heads=1, head_dim=head_dim, dtype=1, blocks=1)
     )
@@ -82,7 +82,7 @@ def _shared_bytes(window_size: tuple[int, int], head_dim: int) -> int:
 
 @cache
 def _shared_limit() -> int:
-    """What a block may have of it."""
+    """What a block may have of it on the current device, which stands for all."""
     return torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 

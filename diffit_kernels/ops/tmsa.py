@@ -76,6 +76,7 @@ def tmsa(
                 f"got shape {tuple(tensor.shape)}"
             )
     tokens, width = (0, 0) if temb is None else temb.shape
+    cast = autocast.is_active(x)
     for name, tensor, shape in (
         ("temb", temb, (tokens, width)),
         ("row", row, (0 if row is None else row.shape[0], 3 * dim)),
@@ -87,7 +88,7 @@ def tmsa(
         ("proj_bias", proj_bias, (dim,)),
     ):
         if tensor is not None:
-            require_like(name, tensor, tensor.dtype if autocast.is_active(x) else x.dtype, x)
+            require_like(name, tensor, tensor.dtype if cast else x.dtype, x)
             require_shape(name, tensor, shape)
     row = _row(batch, temb, row, qkv_bias, temb_weight, temb_bias)
     q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)

@@ -102,6 +102,12 @@ void shuffle_layout() {
     });
 }
 
+void sums_in_memory() {
+    float sums[2] = {1, 2};
+    emulator::run(1, 64, 0, [&] { add_async(sums + thread_index() % 2, thread_index()); });
+    require(sums[0] == 1 + 992 && sums[1] == 2 + 1024, "sums");
+}
+
 // Every number is its own rounding, halfway goes to the even one, a little more goes up.
 template <class Type>
 void rounding() {
@@ -315,6 +321,7 @@ const std::map<std::string, void (*)()> checks = {
     {"mma_layout_bfloat16", mma_layout<BFloat16>},
     {"mma_layout_float16", mma_layout<Float16>},
     {"shuffle_layout", shuffle_layout},
+    {"sums_in_memory", sums_in_memory},
     {"rounding_bfloat16", rounding<BFloat16>},
     {"rounding_float16", rounding<Float16>},
     {"copies_arrive_in_groups", copies_arrive_in_groups},

@@ -113,7 +113,7 @@ PLANTED = {
         "attention_large.h",
         r"slots.offsets \+ \(first \+ row\)",
         "slots.offsets + (first + row + 1)",
-        "nobody wrote|race",
+        "nobody wrote|race|out of bounds",
     ),
     "a wrong row of the table": (
         "tiles.h",

@@ -111,6 +111,30 @@ for line in sys.stdin:
         assert all(stop <= begin or end <= start for start, stop in spans)
 
 
+def test_a_turn_after_the_end_is_none() -> None:
+    """Three are ready before the end, and each would act for a second."""
+    script = """
+import json, sys, time
+for line in sys.stdin:
+    time.sleep(json.loads(line)["prepare"])
+    print(json.dumps({"at": "timing"}), flush=True)
+    sys.stdin.readline()
+    time.sleep(1)
+    print(json.dumps({"result": {}}), flush=True)
+"""
+    begin = time.time()
+    left = workers.run(
+        [sys.executable, "-S", "-c", script],
+        [{"prepare": 0.2}, {"prepare": 0.5}, {"prepare": 1.0}],
+        lambda task, answer: None,
+        count=3,
+        until=begin + 2.5,
+        task_seconds=10.0,
+    )
+    assert time.time() - begin < 3.5
+    assert len(left) == 2
+
+
 def test_what_handles_answers_may_fail() -> None:
     def handle(task: Task, answer: Answer) -> None:
         raise LookupError("lost")
