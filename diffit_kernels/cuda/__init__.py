@@ -83,7 +83,8 @@ def _shared_bytes(window_size: tuple[int, int], head_dim: int) -> int:
 @cache
 def _shared_limit() -> int:
     """What a block may have of it on the current device, which stands for all."""
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties()  # PyTorch's stubs do not know the number
+    return properties.shared_memory_per_block_optin
 
 
 def is_faster(problem: AnyProblem) -> bool:
