@@ -258,5 +258,5 @@ def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) ->
 
 def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """ValueError unless ``tensor`` has the expected shape."""
-    if shape(tensor) != expected:
+    if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {shape(tensor)}")

@@ -7,11 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Those on which the operators take part in it.
+DEVICES = ("cpu", "cuda")
+
 
 def is_active(x: Tensor) -> bool:
     """Whether autocast converts the inputs of an operator that takes ``x``."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in DEVICES and torch.is_autocast_enabled(device)
 
 
 def dtype_of(x: Tensor) -> torch.dtype:

@@ -34,7 +34,7 @@ def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     if not isinstance(eps, int | float):
         raise TypeError(f"eps: expected a number, got {eps!r}")
     cast = x.dtype == torch.float32 and autocast.is_active(x)
-    return torch.ops.diffit.layer_norm(x, autocast.dtype_of(x) if cast else x.dtype, eps)
+    return _forward(x, autocast.dtype_of(x) if cast else x.dtype, eps)
 
 
 @operator("layer_norm")
@@ -68,7 +68,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad_n: Tensor) -> tuple[Tensor, None, None]:
-    grad = torch.ops.diffit.layer_norm_backward(grad_n, *ctx.saved_tensors, ctx.eps)
+    grad = _backward(grad_n, *ctx.saved_tensors, ctx.eps)
     return grad, None, None
 
 

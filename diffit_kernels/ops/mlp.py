@@ -49,7 +49,7 @@ def mlp(
     save_hidden = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
-    y, _ = torch.ops.diffit.mlp(*tensors, save_hidden)
+    y, _ = _forward(*tensors, save_hidden)
     return y
 
 
@@ -136,7 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
-    grads = torch.ops.diffit.mlp_backward(grad_y.to(saved[0].dtype), *saved)
+    grads = _backward(grad_y.to(saved[0].dtype), *saved)
     return *grads, grad_y if ctx.has_residual else None, None
 
 

@@ -7,18 +7,38 @@ backward pass, a tenth of the time of a small layer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from diffit_kernels.ops.autocast import DEVICES
 
 _LIBRARY = torch.library.Library("diffit", "DEF")
+
+
+def _bits(*names: str) -> int:
+    """Dispatch keys as the bits of a set: those of functions and those of devices."""
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return reduce(int.__or__, (key.raw_repr() for key in keys))
+
+
+_AUTOGRAD = _bits("AutogradCPU") & _bits("AutogradCUDA")
+_AUTOCAST = _bits("AutocastCPU", "AutocastCUDA")
+# What of tensors and threads calls nothing but the gradient and the function of an operator.
+_PLAIN_THREAD = _bits("BackendSelect", "ADInplaceOrView")
+_PLAIN_TENSOR = _AUTOGRAD | _AUTOCAST | _bits("CPU", "CUDA", "ADInplaceOrView")
+_PLAIN_TYPES = (type(None), int, float, bool, tuple, torch.dtype)
 
 
 class Operator:
     """``torch.ops.diffit.NAME``, computed by a function whose annotations give the schema.
 
-    The function allocates its results and changes none of its arguments.
+    The function allocates its results and changes none of its arguments. A call of the object is
+    one of the operator, without the dispatcher where that would find nothing else to do: no
+    subclass of a tensor, no transform or mode, no autocast, no profiler.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -27,6 +47,16 @@ class Operator:
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.diffit, name).default
+        self._function = self._recorded = function
+
+    def __call__(self, *args: Any) -> Any:
+        """The results of ``torch.ops.diffit.NAME(*args)``."""
+        if torch.compiler.is_compiling() or not _are_plain(args):
+            return self.overload(*args)
+        excluded = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+        if excluded & _AUTOCAST != _AUTOCAST or torch._C._autograd._profiler_enabled():
+            return self.overload(*args)
+        return (self._function if excluded & _AUTOGRAD else self._recorded)(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """The shapes and strides of the results, for tensors without data."""
@@ -44,36 +74,42 @@ class Operator:
         def no_derivative(ctx: Any, *grads: Tensor) -> Any:
             raise RuntimeError(f"diffit::{name} has no derivative: gradients are of first order")
 
-        def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                result = overload(*args)
-            if setup_context is not None:
-                setup_context(ctx, args, result)
-            return result
+        def recorded(compute: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(ctx: Any, *args: Any) -> Any:
+                result = compute(*args)
+                if setup_context is not None:
+                    setup_context(ctx, args, result)
+                return result
 
-        methods = {"forward": forward, "backward": backward or no_derivative}
-        node: Any = type(
-            f"diffit::{name}",
-            (torch.autograd.Function,),
-            {key: staticmethod(method) for key, method in methods.items()},
-        )
+            methods = {"forward": forward, "backward": backward or no_derivative}
+            node: Any = type(
+                f"diffit::{name}",
+                (torch.autograd.Function,),
+                {key: staticmethod(method) for key, method in methods.items()},
+            )
 
-        def autograd(*args: Any) -> Any:
-            if torch.is_grad_enabled() and any(
-                arg.requires_grad for arg in args if isinstance(arg, Tensor)
-            ):
-                return node.apply(*args)
+            def autograd(*args: Any) -> Any:
+                if torch.is_grad_enabled():
+                    for arg in args:
+                        if isinstance(arg, Tensor) and arg.requires_grad:
+                            return node.apply(*args)
+                return compute(*args)
+
+            return autograd
+
+        def below_autograd(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args)
 
-        _LIBRARY.impl(name, autograd, "Autograd")
+        self._recorded = recorded(self._function)
+        _LIBRARY.impl(name, recorded(below_autograd), "Autograd")
 
     def register_autocast(self, keep: tuple[int, ...] = ()) -> None:
         """Cast floating inputs to autocast's dtype, except at the positions in ``keep``.
 
         float64 tensors stay as they are, as in PyTorch.
         """
-        for device_type in ("cpu", "cuda"):
+        for device_type in DEVICES:
             key = f"Autocast{device_type.upper()}"
             excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -94,6 +130,20 @@ class Operator:
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Make a function an ``Operator``."""
     return lambda function: Operator(name, function)
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether arguments and thread are such that the dispatcher has nothing of its own to do."""
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_PLAIN_THREAD:
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if torch._C._dispatch_keys(arg).raw_repr() & ~_PLAIN_TENSOR:
+                return False
+        elif kind not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 def _casts(arg: Any, device_type: str) -> bool:

@@ -20,6 +20,9 @@ from diffit_kernels.problem import (
     require_shape,
 )
 
+_INTEGER = (int, torch.SymInt)
+_NUMBER_OR_NONE = (int, float, type(None))
+
 
 def window_attention(
     qkv: Tensor,
@@ -64,7 +67,7 @@ def window_attention(
         raise ValueError(f"qkv: expected (B, L, 3C), got shape {tuple(qkv.shape)}")
     if not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an integer, got {num_heads!r}")
-    if not isinstance(scale, int | float | None):
+    if not isinstance(scale, _NUMBER_OR_NONE):
         raise TypeError(f"scale: expected a number or None, got {scale!r}")
     window = as_pair("window_size", window_size)
     grid = as_grid(grid_size, qkv.shape[1], window)
@@ -76,17 +79,16 @@ def window_attention(
         rel_pos_table = rel_pos_table.to(
             torch.float64 if qkv.dtype == torch.float64 else torch.float32
         )
-    out, _ = torch.ops.diffit.window_attention(
-        qkv, rel_pos_table, q_row, v_row, num_heads, window, grid, scale
-    )
+    out, _ = _forward(qkv, rel_pos_table, q_row, v_row, num_heads, window, grid, scale)
     return out
 
 
 def as_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as one number or two."""
     pair = size if isinstance(size, Sequence) else (size, size)
-    if not all(isinstance(number, int | torch.SymInt) for number in pair):
-        raise TypeError(f"{name}: expected one or two integers, got {size}")
+    for number in pair:
+        if not isinstance(number, _INTEGER):
+            raise TypeError(f"{name}: expected one or two integers, got {size}")
     if len(pair) != 2:
         raise ValueError(f"{name}: expected one or two integers, got {size}")
     return pair[0], pair[1]
@@ -208,7 +210,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
     *inputs, lse = ctx.saved_tensors
-    grads = torch.ops.diffit.window_attention_backward(grad_out, *inputs, lse, *ctx.arguments)
+    grads = _backward(grad_out, *inputs, lse, *ctx.arguments)
     present = (None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
     return *present, *(None for _ in ctx.arguments)
 
