@@ -14,6 +14,7 @@ from torch import Tensor
 from diffit_kernels.problem import AddLayerNormProblem
 from diffit_kernels.triton.configs import Config, Configs, choose
 from diffit_kernels.triton.rows import as_rows
+from diffit_kernels.triton.sizes import cdiv, next_power_of_2
 
 # A longer row does not fit in the registers of one program.
 MAX_FEATURES = 8192
@@ -154,7 +155,7 @@ def _norm(
         forward[_grid(problem, config)](
             *(x, y, s, n, x.stride(0), 0 if y is None else y.stride(0)),
             *(problem.rows, problem.features, eps),
-            BLOCK_C=triton.next_power_of_2(problem.features),
+            BLOCK_C=next_power_of_2(problem.features),
             **config,
         )
     return n
@@ -175,7 +176,7 @@ def _norm_backward(
         backward[_grid(problem, config)](
             *(*tensors, grad, *(0 if x is None else x.stride(0) for x in tensors)),
             *(problem.rows, problem.features, eps),
-            BLOCK_C=triton.next_power_of_2(problem.features),
+            BLOCK_C=next_power_of_2(problem.features),
             **config,
         )
     return grad
@@ -190,4 +191,4 @@ def _config(
 
 
 def _grid(problem: AddLayerNormProblem, config: Config) -> tuple[int]:
-    return (triton.cdiv(problem.rows, config["ROWS"]),)
+    return (cdiv(problem.rows, config["ROWS"]),)

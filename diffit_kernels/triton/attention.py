@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from diffit_kernels.layout import channels_contiguous, equally_spaced
@@ -14,11 +13,15 @@ from diffit_kernels.triton import attention_large as large
 from diffit_kernels.triton import attention_small as small
 from diffit_kernels.triton import attention_tiles as tiles
 from diffit_kernels.triton.configs import Config, Configs, Entry, nearest
+from diffit_kernels.triton.sizes import cdiv, next_power_of_2
 
 # Slots of a window, and bytes of a head's part of q, up to which a program holds a window whole:
 # 64 x 64 logits fit in registers, and so do the sums of two tiles besides in the backward pass.
 _SMALL = 64
 _SMALL_BYTES = 8192
+
+# Tokens of a window up to which products are float32's even where TF32 is allowed.
+_TINY = 16
 
 # Programs that keep any GPU busy, where work may be cut at will. The same on every device, so that
 # the sums are.
@@ -53,11 +56,11 @@ def window_attention(
     with torch.cuda.device_of(qkv):
         if block <= _SMALL and block * problem.head_dim * qkv.itemsize <= _SMALL_BYTES:
             config = _config("small_forward", problem.window_tokens, problem, qkv, configs)
-            programs = problem.num_heads * triton.cdiv(windows, config["WINDOWS"])
+            programs = problem.num_heads * cdiv(windows, config["WINDOWS"])
             small.forward[(programs,)](*arguments, windows, scale, BLOCK_M=block, **config)
         else:
             config = _config("large_forward", problem.window_tokens, problem, qkv, configs)
-            q_tiles = triton.cdiv(problem.window_tokens, config["BLOCK_M"])
+            q_tiles = cdiv(problem.window_tokens, config["BLOCK_M"])
             large.forward[(q_tiles * problem.num_heads * windows,)](*arguments, scale, **config)
     return out, lse
 
@@ -116,9 +119,9 @@ def _small_backward(
     batch, heads, row = problem.batch, problem.num_heads, _row(problem)
     block = _block(problem.window_size[0] * row)
     config = _config("small_backward", block, problem, qkv, configs)
-    groups = triton.cdiv(problem.windows, config["WINDOWS"])
-    steps = triton.cdiv(groups, triton.cdiv(_PROGRAMS, batch * heads))
-    splits = triton.cdiv(groups, steps)
+    groups = cdiv(problem.windows, config["WINDOWS"])
+    steps = cdiv(groups, cdiv(_PROGRAMS, batch * heads))
+    splits = cdiv(groups, steps)
     table_partial = _table_partial(table, batch * splits, 1, 1, block // row, block // row, row)
     q_partial, v_partial = (_row_partial(problem, x, splits) for x in (q_row, v_row))
     small.backward[(batch * splits * heads,)](
@@ -152,7 +155,7 @@ def _large_backward(
     weight, delta = torch.empty_like(lse), torch.empty_like(lse)
 
     config = _config("large_backward_q", problem.window_tokens, problem, qkv, configs)
-    q_tiles = triton.cdiv(problem.window_tokens, config["BLOCK_M"])
+    q_tiles = cdiv(problem.window_tokens, config["BLOCK_M"])
     parts = problem.windows * q_tiles
     q_partial, v_partial = (_row_partial(problem, x, parts) for x in (q_row, v_row))
     large.backward_q[(q_tiles * heads * windows,)](
@@ -163,7 +166,7 @@ def _large_backward(
 
     saved = (grad_out, qkv, table, q_row, lse, weight, delta)
     config = _config("large_backward_kv", problem.window_tokens, problem, qkv, configs)
-    k_tiles = triton.cdiv(problem.window_tokens, config["BLOCK_N"])
+    k_tiles = cdiv(problem.window_tokens, config["BLOCK_N"])
     large.backward_kv[(k_tiles * heads * windows,)](*saved, grad_qkv, *sizes, scale, **config)
 
     grad_table = None
@@ -171,8 +174,8 @@ def _large_backward(
         slots = problem.window_size[0] * row
         config = _config("large_backward_table", slots, problem, qkv, configs)
         block_m, block_n = (max(config.pop(name), row) for name in ("BLOCK_M", "BLOCK_N"))
-        q_tiles, k_tiles = triton.cdiv(slots, block_m), triton.cdiv(slots, block_n)
-        splits = min(windows, triton.cdiv(_PROGRAMS, heads * q_tiles * k_tiles))
+        q_tiles, k_tiles = cdiv(slots, block_m), cdiv(slots, block_n)
+        splits = min(windows, cdiv(_PROGRAMS, heads * q_tiles * k_tiles))
         rows = (block_m // row, block_n // row)
         partial = _table_partial(table, splits, q_tiles, k_tiles, *rows, row)
         large.backward_table[(heads * splits * q_tiles * k_tiles,)](
@@ -192,13 +195,15 @@ def _config(
     """What a launch passes by name: the tuned parameters and those of the problem."""
     (wh, ww), width = problem.window_size, problem.head_dim
     d0 = max(16, 1 << (width.bit_length() - 1))
-    d1 = max(16, triton.next_power_of_2(width - d0)) if width > d0 else 0
+    d1 = max(16, next_power_of_2(width - d0)) if width > d0 else 0
     if d0 == d1:
         d0, d1 = 2 * d0, 0
-    # Wider heads would spill, and in two chunks came out wrong on an H200 (Triton 3.6).
+    # Wider heads would spill, and in two chunks came out wrong on an H200 (Triton 3.6). PyTorch
+    # multiplies matrices as small as those of small windows in float32 also where TF32 is allowed.
     tf32 = (
         problem.dtype == torch.float32
         and width <= 32
+        and problem.window_tokens > _TINY
         and torch.backends.cuda.matmul.fp32_precision == "tf32"
         and torch.version.hip is None
     )
@@ -234,12 +239,12 @@ def _fitting(entry: Entry, slots: int, width: int) -> Config:
 
 def _block(slots: int) -> int:
     """Slots of a tile that holds a whole window."""
-    return max(16, triton.next_power_of_2(slots))
+    return max(16, next_power_of_2(slots))
 
 
 def _row(problem: WindowAttentionProblem) -> int:
     """Slots of a row of the window where rows must be whole."""
-    return triton.next_power_of_2(problem.window_size[1])
+    return next_power_of_2(problem.window_size[1])
 
 
 def _scaled_table(table: Tensor | None) -> Tensor | None:
@@ -292,7 +297,7 @@ def _row_sums(
         None if partial is None else qkv.new_empty(problem.batch, problem.dim)
         for partial in (q_partial, v_partial)
     )
-    tiles.add_rows[(problem.batch, triton.cdiv(problem.dim, _ROWS_BLOCK))](
+    tiles.add_rows[(problem.batch, cdiv(problem.dim, _ROWS_BLOCK))](
         *(q_partial, v_partial, grad_q_row, grad_v_row, parts[0], problem.dim),
         *(_ROWS_PARTS, _ROWS_BLOCK),
         enable_fp_fusion=True,

@@ -23,6 +23,7 @@ from torch import Tensor
 from diffit_kernels.problem import MLPProblem
 from diffit_kernels.triton.configs import CUBLASLT, Config, Configs, choose
 from diffit_kernels.triton.rows import as_rows
+from diffit_kernels.triton.sizes import cdiv
 
 # 2 sqrt(2 / pi) log2(e), so that the exponential of GELU is a power of 2
 _SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi) * math.log2(math.e))
@@ -256,17 +257,17 @@ def _activation(
     x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor | None, configs: Configs | None
 ) -> Tensor:
     """``gelu(x weight^T + bias)``; ``hidden``, if there, gets ``x weight^T``."""
-    kernel, columns = "mlp_gelu" if hidden is None else "mlp_gelu_hidden", len(weight)
+    kernel, columns = "mlp_gelu" if hidden is None else "mlp_gelu_hidden", weight.shape[0]
     config = _config(kernel, x, columns, configs)
     if config == CUBLASLT and hidden is None and x.dtype != torch.float32:
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-    activation = x.new_empty(len(x), columns)
+    activation = x.new_empty(x.shape[0], columns)
     if config == CUBLASLT:
         product = activation if hidden is None else hidden
         torch.mm(x, weight.t(), out=product)
         with torch.cuda.device_of(x):
             activate[_grid(x, columns, _TILE)](
-                product, bias.contiguous(), activation, len(x), columns, **_TILE
+                product, bias.contiguous(), activation, x.shape[0], columns, **_TILE
             )
     else:
         _linear(x, weight, bias, None, hidden, activation, config | {"GELU": True})
@@ -277,13 +278,13 @@ def _output(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, configs: Configs | None
 ) -> Tensor:
     """``x weight^T + bias``, plus ``residual`` if there."""
-    config = _config("mlp_bias", x, len(weight), configs)
+    config = _config("mlp_bias", x, weight.shape[0], configs)
     if config == CUBLASLT:
         y = torch.addmm(bias, x, weight.t())
         if residual is None:
             return y
         return y.add_(residual) if residual.dtype == y.dtype else residual + y
-    y = (x if residual is None else residual).new_empty(len(x), len(weight))
+    y = (x if residual is None else residual).new_empty(x.shape[0], weight.shape[0])
     _linear(x, weight, bias, residual, None, y, config | {"GELU": False})
     return y
 
@@ -297,11 +298,11 @@ def _linear(
     y: Tensor,
     config: Config,
 ) -> None:
-    columns = len(weight)
+    columns = weight.shape[0]
     with torch.cuda.device_of(x):
         linear[_grid(x, columns, config)](
             *(x, weight.contiguous(), bias.contiguous(), residual, hidden, y, x.stride(0)),
-            *(0 if residual is None else residual.stride(0), len(x), columns, x.shape[1]),
+            *(0 if residual is None else residual.stride(0), x.shape[0], columns, x.shape[1]),
             **config,
         )
 
@@ -327,7 +328,7 @@ def mlp_backward(
     else:
         grad_hidden = x.new_empty(problem.rows, columns)
     activation = torch.empty_like(grad_hidden)
-    tiles_down = triton.cdiv(problem.rows, config["BLOCK_M"])
+    tiles_down = cdiv(problem.rows, config["BLOCK_M"])
     grad_bias = x.new_empty(tiles_down, columns, dtype=torch.float32)
     tensors = (fc1_bias.contiguous(), hidden.contiguous(), activation, grad_hidden, grad_bias)
     grid = _grid(grad_rows, columns, config)
@@ -362,4 +363,4 @@ def _config(kernel: str, x: Tensor, columns: int, configs: Configs | None) -> Co
 
 
 def _grid(x: Tensor, columns: int, config: Config) -> tuple[int]:
-    return (triton.cdiv(len(x), config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
+    return (cdiv(x.shape[0], config["BLOCK_M"]) * cdiv(columns, config["BLOCK_N"]),)

@@ -255,6 +255,31 @@ def test_a_program_holds_no_more_than_where_it_was_tuned(
     assert fitting == parameters | ({"WINDOWS": windows} if windows else {})
 
 
+@pytest.mark.parametrize(
+    ("window", "width", "dtype", "precision"),
+    [
+        ((8, 8), 32, torch.float32, "tf32"),
+        ((4, 4), 32, torch.float32, "ieee"),
+        ((8, 8), 40, torch.float32, "ieee"),
+        ((8, 8), 32, torch.bfloat16, "ieee"),
+    ],
+)
+def test_where_tf32_is_used(
+    window: tuple[int, int], width: int, dtype: torch.dtype, precision: str
+) -> None:
+    """Where it is allowed, plain PyTorch uses it too, and the kernels can."""
+    problem = replace(case_of(window, width).problem, dtype=dtype)
+    qkv = torch.empty(0, dtype=dtype)
+    before = torch.get_float32_matmul_precision()
+    for allowed, expected in (("high", precision), ("highest", "ieee")):
+        torch.set_float32_matmul_precision(allowed)
+        try:
+            config = attention._config("small_forward", problem.window_tokens, problem, qkv, None)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert config["PRECISION"] == expected
+
+
 # --- compiled for GPUs that need not be there
 
 
