@@ -165,6 +165,7 @@ class MLPProblem:
             require_like(name, bias, x.dtype, x)
             require_shape(name, bias, (size,))
         if residual is not None:
+            require_tensor("residual", residual)
             mixed = residual.dtype == torch.float32 and x.dtype in HALF
             require_like("residual", residual, residual.dtype if mixed else x.dtype, x)
             require_shape("residual", residual, (*shape(x)[:-1], out))
@@ -199,6 +200,7 @@ class AddLayerNormProblem:
         """
         require_floating("x", x)
         rows, features = require_rows("x", x)
+        require_tensor("y", y)
         mixed = x.dtype == torch.float32 and y.dtype in HALF
         require_like("y", y, y.dtype if mixed else x.dtype, x)
         require_shape("y", y, shape(x))
@@ -230,8 +232,15 @@ def require_pair(name: str, value: Sequence[int]) -> tuple[int, int]:
     return value[0], value[1]
 
 
+def require_tensor(name: str, value: Tensor) -> None:
+    """TypeError unless it is one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def require_floating(name: str, tensor: Tensor) -> None:
-    """TypeError unless the dtype is a floating one that the operators take."""
+    """TypeError unless it is a tensor of a floating dtype that the operators take."""
+    require_tensor(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
@@ -249,7 +258,8 @@ def require_rows(name: str, tensor: Tensor) -> tuple[int, int]:
 
 
 def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) -> None:
-    """TypeError unless ``tensor`` has ``dtype`` and the device of ``like``."""
+    """TypeError unless ``tensor`` is one, of ``dtype`` and on the device of ``like``."""
+    require_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tensor.device != like.device:

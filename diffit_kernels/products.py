@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_HAS_MKLDNN = torch.backends.mkldnn.is_available()
 _NATIVE = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    torch.bfloat16: _HAS_MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: _HAS_MKLDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
 # Of a widened part of the weights: it stays in cache until it is multiplied.
 _PART_BYTES = 2 * 2**20
@@ -22,12 +23,16 @@ def are_slow(dtype: torch.dtype, device_type: str) -> bool:
     return device_type == "cpu" and not _NATIVE.get(dtype, True)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``out = x weight^T + bias``: x (rows, K), weight (N, K), bias (N,), out (rows, N)."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """``x weight^T + bias``, in ``out`` if given: (rows, K), (N, K), (N,) -> (rows, N)."""
     if not are_slow(x.dtype, x.device.type):
         if bias is None:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(bias, x, weight.t(), out=out)
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
     x = x.float()
     step = max(1, _PART_BYTES // (4 * weight.shape[1]))
     for start in range(0, weight.shape[0], step):

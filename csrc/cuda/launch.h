@@ -27,6 +27,22 @@ inline int multiprocessors() {
 #endif
 }
 
+// Throws std::runtime_error where the driver or the current device cannot run the kernel.
+template <class... Arguments>
+void require(void (*kernel)(Arguments...)) {
+#if defined(__CUDACC__)
+    cudaFuncAttributes attributes;
+    const cudaError_t error =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // is not to be found by a later call
+        throw std::runtime_error(cudaGetErrorString(error));
+    }
+#else
+    (void)kernel;
+#endif
+}
+
 // Throws std::runtime_error with the configuration of the launch. Asks for no memory and waits for
 // nothing, so a CUDA graph can capture it.
 template <class... Arguments>

@@ -161,11 +161,11 @@ void backward(const WindowAttention& problem, void* stream) {
     }
 }
 
-const char* attempt(void (*function)(const WindowAttention&, void*), const WindowAttention& problem,
-                    void* stream) {
+template <class Function>
+const char* attempt(Function function) {
     static thread_local std::string message;
     try {
-        function(problem, stream);
+        function();
         return nullptr;
     } catch (const std::exception& error) {
         message = error.what();
@@ -183,6 +183,11 @@ using diffit::cuda::WindowAttention;
 // Bytes of a problem, for a caller in another language to compare with its own.
 EXPORT int64_t diffit_problem_size() { return sizeof(WindowAttention); }
 
+// Whether one of the kernels, and so all, can run on the current device.
+EXPORT const char* diffit_unavailable() {
+    return diffit::cuda::attempt([] { diffit::cuda::require(diffit::cuda::sum_table); });
+}
+
 // Numbers of float32 that the backward pass of a problem needs.
 EXPORT int64_t diffit_workspace_size(const WindowAttention* problem) {
     return diffit::cuda::Plan(*problem).divide_workspace();
@@ -194,9 +199,9 @@ EXPORT int64_t diffit_shared_bytes(const WindowAttention* problem) {
 }
 
 EXPORT const char* diffit_window_attention(const WindowAttention* problem, void* stream) {
-    return diffit::cuda::attempt(diffit::cuda::forward, *problem, stream);
+    return diffit::cuda::attempt([&] { diffit::cuda::forward(*problem, stream); });
 }
 
 EXPORT const char* diffit_window_attention_backward(const WindowAttention* problem, void* stream) {
-    return diffit::cuda::attempt(diffit::cuda::backward, *problem, stream);
+    return diffit::cuda::attempt([&] { diffit::cuda::backward(*problem, stream); });
 }

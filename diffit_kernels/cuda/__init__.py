@@ -47,9 +47,8 @@ def unavailable() -> str | None:
         return f"PyTorch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "there is no CUDA device, or no driver for it"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"the device has compute capability {capability}, the kernels need (8, 0)"
+    if reason := triton.too_old() or _library.unavailable():
+        return reason
     return None
 
 
@@ -90,7 +89,8 @@ def _shared_limit() -> int:
 def is_faster(problem: AnyProblem) -> bool:
     """Whether these kernels have been measured to be faster than Triton's, for "auto".
 
-    The table of the device lists (window tokens, head width) of such layers.
+    The table of the current device, which stands for all, lists (window tokens, head width) of such
+    layers.
     """
     if not isinstance(problem, WindowAttentionProblem) or unavailable():
         return False

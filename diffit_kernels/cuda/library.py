@@ -64,16 +64,26 @@ class Library:
         library.diffit_problem_size.restype = ctypes.c_int64
         if library.diffit_problem_size() != ctypes.sizeof(Problem):
             raise OSError(f"{path} is of another version")
-        self._workspace_size = library.diffit_workspace_size
-        self._shared_bytes = library.diffit_shared_bytes
+        try:
+            self._unavailable = library.diffit_unavailable
+            self._workspace_size = library.diffit_workspace_size
+            self._shared_bytes = library.diffit_shared_bytes
+            self._forward = library.diffit_window_attention
+            self._backward = library.diffit_window_attention_backward
+        except AttributeError as error:
+            raise OSError(f"{path} is of another version: {error}") from None
+        self._unavailable.restype = ctypes.c_char_p
         for function in (self._workspace_size, self._shared_bytes):
             function.argtypes = [ctypes.POINTER(Problem)]
             function.restype = ctypes.c_int64
-        self._forward = library.diffit_window_attention
-        self._backward = library.diffit_window_attention_backward
         for function in (self._forward, self._backward):
             function.argtypes = [ctypes.POINTER(Problem), ctypes.c_void_p]
             function.restype = ctypes.c_char_p
+
+    def unavailable(self) -> str | None:
+        """Why the driver or the current device cannot run the kernels, or None."""
+        error: bytes | None = self._unavailable()
+        return None if error is None else f"the kernels cannot run: {error.decode()}"
 
     def workspace_size(self, problem: Problem) -> int:
         """Numbers of float32 that the backward pass needs as ``workspace``."""

@@ -213,7 +213,7 @@ def mlp(
     for start in range(0, problem.rows, step):
         part = slice(start, start + step)
         rows = min(step, problem.rows - start)
-        linear(x[part], fc1_weight, None, out=hidden[:rows])
+        linear(x[part], fc1_weight, out=hidden[:rows])
         _module.bias_gelu(
             (rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
             hidden.data_ptr(),
@@ -223,8 +223,7 @@ def mlp(
         if residual is None:
             linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
         else:
-            added = x.new_empty(rows, problem.out_features)
-            linear(activation[:rows], fc2_weight, fc2_bias, out=added)
+            added = linear(activation[:rows], fc2_weight, fc2_bias)
             torch.add(residual[part], added, out=y[part])
     return y.reshape(*shape, problem.out_features), hidden if save_hidden else None
 
@@ -237,7 +236,8 @@ def mlp_backward(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     hidden: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights: bool,
+) -> tuple[Tensor, ...]:
     """As the reference; one pass over the hidden layer, in place on the incoming gradient."""
     x_rows = x.reshape(problem.rows, -1)
     grad_rows = grad_y.reshape(problem.rows, -1)
@@ -254,8 +254,11 @@ def mlp_backward(
         grad_hidden.data_ptr(),
         grad_fc1_bias.data_ptr(),
     )
+    grad_x = mm(grad_hidden, fc1_weight).reshape(x.shape)
+    if not weights:
+        return (grad_x,)
     return (
-        mm(grad_hidden, fc1_weight).reshape(x.shape),
+        grad_x,
         mm(grad_hidden.t(), x_rows),
         grad_fc1_bias.to(x.dtype),
         mm(grad_rows.t(), activation),

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffit_kernels.dispatch import select
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.registration import operator
-from diffit_kernels.problem import AddLayerNormProblem, require_like, require_shape
+from diffit_kernels.problem import AddLayerNormProblem, require_like, require_shape, require_tensor
 
 
 def add_layer_norm(x: Tensor, y: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -35,9 +35,11 @@ def add_layer_norm(x: Tensor, y: Tensor, eps: float = 1e-6) -> tuple[Tensor, Ten
     """
     if not isinstance(eps, int | float):
         raise TypeError(f"eps: expected a number, got {eps!r}")
+    require_tensor("x", x)
+    require_tensor("y", y)
     if autocast.is_active(x):
         x = x.to(torch.promote_types(x.dtype, y.dtype))  # the dtype of x + y
-    s, n = _forward(x, y, eps)
+    s, n = _forward(x, y, float(eps))
     return s, n
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffit_kernels.dispatch import select
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.registration import operator
-from diffit_kernels.problem import AddLayerNormProblem
+from diffit_kernels.problem import AddLayerNormProblem, require_tensor
 
 
 def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -33,8 +33,9 @@ def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if not isinstance(eps, int | float):
         raise TypeError(f"eps: expected a number, got {eps!r}")
+    require_tensor("x", x)
     cast = x.dtype == torch.float32 and autocast.is_active(x)
-    return _forward(x, autocast.dtype_of(x) if cast else x.dtype, eps)
+    return _forward(x, autocast.dtype_of(x) if cast else x.dtype, float(eps))
 
 
 @operator("layer_norm")

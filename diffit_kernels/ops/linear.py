@@ -14,7 +14,7 @@ from diffit_kernels.ops import autocast
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``: (..., K), (N, K), (N,) -> (..., N)."""
-    dtype = torch.get_autocast_dtype("cpu") if autocast.is_active(x) else x.dtype
+    dtype = autocast.dtype_of(x) if autocast.is_active(x) else x.dtype
     if not products.are_slow(dtype, x.device.type):
         return functional.linear(x, weight, bias)
     bias = None if bias is None else bias.to(dtype)
@@ -25,10 +25,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
         with torch.autocast("cpu", enabled=False):
-            products.linear(x.flatten(0, -2), weight, bias, out.flatten(0, -2))
-        return out
+            out = products.linear(x.flatten(0, -2), weight, bias)
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

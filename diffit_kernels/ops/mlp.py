@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from diffit_kernels.dispatch import select
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.registration import operator
-from diffit_kernels.problem import MLPProblem, require_like, require_shape
+from diffit_kernels.problem import MLPProblem, require_like, require_shape, require_tensor
 
 
 def mlp(
@@ -42,14 +42,15 @@ def mlp(
         ValueError: a shape that does not fit.
         RuntimeError: the backend chosen by ``use_backend`` cannot run this call.
     """
+    require_tensor("x", x)
     if residual is not None and autocast.is_active(x):
         # the dtype of residual + y
         residual = residual.to(torch.promote_types(residual.dtype, autocast.dtype_of(x)))
-    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     save_hidden = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
-    y, _ = _forward(*tensors, save_hidden)
+    y, _ = _forward(*tensors, residual, save_hidden)
     return y
 
 
@@ -96,17 +97,23 @@ def _backward(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     hidden: Tensor,
+    weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
+    """Gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias.
+
+    Without ``weights`` all but the first have no elements.
+    """
     problem = MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     require_like("grad_y", grad_y, x.dtype, x)
     require_shape("grad_y", grad_y, (*x.shape[:-1], problem.out_features))
     require_like("hidden", hidden, x.dtype, x)
     require_shape("hidden", hidden, (problem.rows, problem.hidden_features))
     with autocast.disabled(x):
-        return select(problem).mlp_backward(
-            problem, grad_y, x, fc1_weight, fc1_bias, fc2_weight, hidden
+        grad_x, *others = select(problem).mlp_backward(
+            problem, grad_y, x, fc1_weight, fc1_bias, fc2_weight, hidden, weights
         )
+    w1, b1, w2, b2 = others or (x.new_empty(0) for _ in range(4))
+    return grad_x, w1, b1, w2, b2
 
 
 @_backward.register_fake
@@ -118,26 +125,28 @@ def _backward_fake(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     hidden: Tensor,
+    weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(fc1_weight.shape),
-        x.new_empty(fc1_bias.shape),
-        x.new_empty(fc2_weight.shape),
-        x.new_empty(fc2_bias.shape),
+    w1, b1, w2, b2 = (
+        x.new_empty(tensor.shape if weights else 0)
+        for tensor in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     )
+    return x.new_empty(x.shape), w1, b1, w2, b2
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.has_residual = inputs[5] is not None
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
-    grads = _backward(grad_y.to(saved[0].dtype), *saved)
-    return *grads, grad_y if ctx.has_residual else None, None
+    *needed, needs_residual, _ = ctx.needs_input_grad
+    grads: tuple[Tensor | None, ...] = (None,) * 5
+    if any(needed):
+        saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+        all_grads = _backward(grad_y.to(saved[0].dtype), *saved, any(needed[1:]))
+        grads = tuple(grad if need else None for grad, need in zip(all_grads, needed, strict=True))
+    return *grads, grad_y if needs_residual else None, None
 
 
 _forward.register_autograd(_autograd, _setup_context)
@@ -153,5 +162,5 @@ def _flops(x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *_: Any, **_
 
 @register_flop_formula(torch.ops.diffit.mlp_backward)
 def _backward_flops(grad_y: Any, *inputs: Any, **_: Any) -> int:
-    """Two products for each of the forward pass."""
-    return 2 * _flops(*inputs)
+    """For each product of the forward pass that for its input and, if asked, for its weights."""
+    return (2 if inputs[-1] else 1) * _flops(*inputs)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from diffit_kernels.ops.autocast import DEVICES
@@ -38,7 +39,8 @@ class Operator:
 
     The function allocates its results and changes none of its arguments. A call of the object is
     one of the operator, without the dispatcher where that would find nothing else to do: no
-    subclass of a tensor, no transform or mode, no autocast, no profiler.
+    subclass of a tensor, no transform or mode, no autocast, no profiler. Kernels that somebody else
+    registers for the operator are seen by calls of ``torch.ops.diffit.NAME`` only.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -51,12 +53,10 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """The results of ``torch.ops.diffit.NAME(*args)``."""
-        if torch.compiler.is_compiling() or not _are_plain(args):
+        if torch.compiler.is_compiling() or not (_is_plain_thread() and _are_plain(args)):
             return self.overload(*args)
-        excluded = torch._C._dispatch_tls_local_exclude_set().raw_repr()
-        if excluded & _AUTOCAST != _AUTOCAST or torch._C._autograd._profiler_enabled():
-            return self.overload(*args)
-        return (self._function if excluded & _AUTOGRAD else self._recorded)(*args)
+        below_autograd = torch._C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD
+        return (self._function if below_autograd else self._recorded)(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """The shapes and strides of the results, for tensors without data."""
@@ -89,6 +89,8 @@ class Operator:
             )
 
             def autograd(*args: Any) -> Any:
+                if forward_ad._current_level >= 0 and _has_tangent(args):
+                    raise NotImplementedError(f"diffit::{name} has no forward-mode derivative")
                 if torch.is_grad_enabled():
                     for arg in args:
                         if isinstance(arg, Tensor) and arg.requires_grad:
@@ -132,10 +134,20 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda function: Operator(name, function)
 
 
+def _is_plain_thread() -> bool:
+    """Whether this thread has nothing to do in the dispatcher."""
+    included = torch._C._dispatch_tls_local_include_set().raw_repr()
+    excluded = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+    return not (
+        included & ~_PLAIN_THREAD
+        or _AUTOCAST & ~excluded
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 def _are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether arguments and thread are such that the dispatcher has nothing of its own to do."""
-    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_PLAIN_THREAD:
-        return False
+    """Whether arguments have nothing to do in the dispatcher but to be told their gradient."""
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
@@ -144,6 +156,12 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
         elif kind not in _PLAIN_TYPES:
             return False
     return True
+
+
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    """Whether a derivative is carried forward with one of them; it would be lost."""
+    tensors = (arg for arg in args if isinstance(arg, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _casts(arg: Any, device_type: str) -> bool:

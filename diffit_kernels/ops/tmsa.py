@@ -7,7 +7,12 @@ from torch import Tensor
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.linear import linear
 from diffit_kernels.ops.window_attention import window_attention
-from diffit_kernels.problem import require_floating, require_like, require_shape
+from diffit_kernels.problem import (
+    require_floating,
+    require_like,
+    require_shape,
+    require_tensor,
+)
 
 
 def tmsa(
@@ -60,6 +65,8 @@ def tmsa(
         raise ValueError(
             f"x: expected (B, L, C) with at least one sample, got shape {tuple(x.shape)}"
         )
+    require_tensor("qkv_weight", qkv_weight)
+    require_tensor("proj_weight", proj_weight)
     batch, _, dim = x.shape
     if temb is None:
         temb_weight = temb_bias = None

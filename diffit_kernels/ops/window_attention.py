@@ -63,6 +63,7 @@ def window_attention(
         ValueError: a shape, window, grid or scale that does not fit.
         RuntimeError: the backend chosen by ``use_backend`` cannot run this call.
     """
+    require_floating("qkv", qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv: expected (B, L, 3C), got shape {tuple(qkv.shape)}")
     if not isinstance(num_heads, int):
@@ -79,7 +80,7 @@ def window_attention(
         rel_pos_table = rel_pos_table.to(
             torch.float64 if qkv.dtype == torch.float64 else torch.float32
         )
-    out, _ = _forward(qkv, rel_pos_table, q_row, v_row, num_heads, window, grid, scale)
+    out, _ = _forward(qkv, rel_pos_table, q_row, v_row, num_heads, window, grid, float(scale))
     return out
 
 

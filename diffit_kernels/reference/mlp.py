@@ -35,15 +35,19 @@ def mlp_backward(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     hidden: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
+    weights: bool,
+) -> tuple[Tensor, ...]:
+    """Gradient of x; with ``weights`` also of fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
     x_rows = x.reshape(problem.rows, -1)
     grad_rows = grad_y.reshape(problem.rows, -1)
     pre_activation = hidden + fc1_bias
     grad_activation = grad_rows @ fc2_weight
     grad_hidden = torch.ops.aten.gelu_backward(grad_activation, pre_activation, approximate="tanh")
+    grad_x = (grad_hidden @ fc1_weight).reshape(x.shape)
+    if not weights:
+        return (grad_x,)
     return (
-        (grad_hidden @ fc1_weight).reshape(x.shape),
+        grad_x,
         grad_hidden.t() @ x_rows,
         grad_hidden.sum(dim=0),
         grad_rows.t() @ gelu(pre_activation, approximate="tanh"),

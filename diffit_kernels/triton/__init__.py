@@ -42,12 +42,22 @@ __all__ = [
 ]
 
 
+def too_old() -> str | None:
+    """Why the current device cannot run kernels for GPUs, or None."""
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < (8, 0):
+        return f"the device has compute capability {capability}, the kernels need (8, 0)"
+    return None
+
+
 @cache
 def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None."""
-    if _import_error is None and not _interpreted and not torch.cuda.is_available():
+    if _import_error is not None or _interpreted:
+        return _import_error
+    if not torch.cuda.is_available():
         return "there is no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
-    return _import_error
+    return too_old()
 
 
 def supports(problem: Problem) -> str | None:

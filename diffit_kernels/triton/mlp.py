@@ -315,9 +315,10 @@ def mlp_backward(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     hidden: Tensor,
+    weights: bool,
     *,
     configs: Configs | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
     x_rows, grad_rows = as_rows(x), as_rows(grad_y)
     columns = problem.hidden_features
@@ -341,8 +342,11 @@ def mlp_backward(
                 *(grad_rows.stride(0), problem.rows, columns, problem.out_features),
                 **config,
             )
+    grad_x = (grad_hidden @ fc1_weight).view(x.shape)
+    if not weights:
+        return (grad_x,)
     return (
-        (grad_hidden @ fc1_weight).view(x.shape),
+        grad_x,
         grad_hidden.t() @ x_rows,
         grad_bias.sum(dim=0).to(x.dtype),
         grad_rows.t() @ activation,

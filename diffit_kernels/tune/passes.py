@@ -175,7 +175,7 @@ def _mlp(layer: Layer, dtype: torch.dtype, normal: Normal) -> Iterator[Pass]:
     yield Pass(
         "mlp_backward",
         problem,
-        (grad, x, *weights[:3], saved),
+        (grad, x, *weights[:3], saved, True),
         {"mlp_gelu_backward": first},
         partial(_evaluate, formula, inputs[:5], (grad,)),
     )

@@ -87,7 +87,7 @@ def test_mlp(dtype: torch.dtype, residual: bool) -> None:
     y, hidden = ops.mlp(*inputs, added, True)
     assert_is(y, BATCH, TOKENS, 33, dtype=torch.float32 if residual else dtype)
     assert hidden.device == y.device
-    assert_like(ops.mlp_backward(y.to(dtype), *inputs, hidden), inputs)
+    assert_like(ops.mlp_backward(y.to(dtype), *inputs, hidden, True), inputs)
 
 
 def test_add_layer_norm(dtype: torch.dtype) -> None:

@@ -71,7 +71,8 @@ def test_opcheck_mlp(fastest_backend: str, layout: str, dtype: torch.dtype) -> N
     x_and_weights = inputs[:5]
     _, hidden = torch.ops.diffit.mlp(*inputs, True)
     grad_y = case.grad_y().to(dtype)
-    opcheck(torch.ops.diffit.mlp_backward, grad_y, *x_and_weights, hidden)
+    for weights in (True, False):
+        opcheck(torch.ops.diffit.mlp_backward, grad_y, *x_and_weights, hidden, weights)
 
 
 def test_the_result_is_contiguous(fastest_backend: str) -> None:
@@ -99,6 +100,18 @@ def test_only_the_gradients_asked_for(fastest_backend: str) -> None:
         inputs[name].requires_grad_()
         (grad,) = torch.autograd.grad(dk.mlp(**inputs), inputs[name], MLP.grad_y())
         assert torch.equal(grad, expected[f"grad_{name}"][0]), name
+
+
+def test_a_residual_alone_saves_nothing(fastest_backend: str) -> None:
+    """Its gradient is that of the result; there is no backward pass for it."""
+    inputs = MLP.inputs()
+    inputs["residual"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = dk.mlp(**inputs)
+        assert not y.grad_fn.saved_tensors[-1].numel()
+        y.backward(MLP.grad_y())
+    assert torch.equal(inputs["residual"].grad, MLP.grad_y())
+    assert torch.ops.diffit.mlp_backward not in counter.get_flop_counts()["Global"]
 
 
 @pytest.mark.parametrize("operator", ["window_attention", "mlp"])
@@ -312,3 +325,7 @@ def test_flop_counter() -> None:
     forward = 2 * (x.numel() // x.shape[-1]) * (w1.numel() + w2.numel())
     assert counts[torch.ops.diffit.mlp] == forward
     assert counts[torch.ops.diffit.mlp_backward] == 2 * forward
+
+    with FlopCounterMode(display=False) as counter:
+        dk.mlp(x, *(tensor.detach() for tensor in (w1, b1, w2, b2))).sum().backward()
+    assert counter.get_flop_counts()["Global"][torch.ops.diffit.mlp_backward] == forward

@@ -70,6 +70,12 @@ def test_under_autocast() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    x, weight = torch.randn(3, 24).double(), torch.randn(5, 24).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear(x, weight), functional.linear(x, weight))
+
+
 def test_float32_is_left_alone() -> None:
     x, weight = torch.randn(3, 24), torch.randn(5, 24)
     assert torch.equal(linear(x, weight), functional.linear(x, weight))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,8 +86,8 @@ def test_both_ways_give_the_same(
 
 @pytest.mark.parametrize(
     "context",
-    [nullcontext, torch.no_grad, torch.inference_mode, lambda: torch.device("cpu")],
-    ids=["plain", "no_grad", "inference_mode", "device"],
+    [nullcontext, torch.no_grad, torch.inference_mode],
+    ids=["plain", "no_grad", "inference_mode"],
 )
 def test_plain_calls_pass_by_the_dispatcher(dispatched: list[Any], context: Any) -> None:
     with context():
@@ -100,9 +101,10 @@ def test_plain_calls_pass_by_the_dispatcher(dispatched: list[Any], context: Any)
     [
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: FlopCounterMode(display=False),
+        lambda: torch.device("cpu"),
         profiler,
     ],
-    ids=["autocast", "dispatch mode", "profiler"],
+    ids=["autocast", "dispatch mode", "function mode", "profiler"],
 )
 def test_what_the_dispatcher_has_to_see(dispatched: list[Any], context: Any) -> None:
     with context():
@@ -149,3 +151,18 @@ def test_below_autograd_nothing_is_recorded() -> None:
     with torch._C._AutoDispatchBelowAutograd():
         assert attention(qkv).grad_fn is None
     assert attention(qkv).grad_fn is not None
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_forward_mode_is_refused(backend: str, requires_grad: bool) -> None:
+    """A tangent that an operator dropped would come out as zero."""
+    qkv = CASE.inputs()["qkv"].requires_grad_(requires_grad)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(qkv, torch.ones_like(qkv))
+        assert attention(qkv).isfinite().all()
+        for call in (attention, torch.ops.diffit.window_attention):
+            arguments = (dual,) if call is attention else (dual, None, None, None, *CASE.arguments)
+            with pytest.raises(NotImplementedError, match=r"window_attention.*forward-mode"):
+                call(*arguments)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(attention, (qkv,), (torch.ones_like(qkv),))

@@ -130,6 +130,7 @@ def test_an_index_cannot_run_code(checkpoints: Checkpoints, capsys: Any) -> None
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["sha256"][".metadata"] = sha256_of(folder / ".metadata")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"the index holds builtins.print"):
+    # PyTorch 2.11 keeps the reason to itself.
+    with pytest.raises(ValueError, match=r"the index holds builtins.print|metadata is None"):
         checkpoints.load(state(0))
     assert "this must not run" not in capsys.readouterr().out

@@ -18,9 +18,11 @@ import torch
 import diffit_kernels as dk
 from diffit.nn import DiffiTBlock
 from diffit_kernels import cuda, dispatch, reference, triton
+from diffit_kernels.cuda.library import Library
 from diffit_kernels.problem import MLPProblem
 from diffit_kernels.triton.configs import Table
 from tests.cases import AttentionCase
+from tests.cuda_emulator import build
 from tests.diffit_kernels.cuda.emulated import emulated
 from tests.numeric_rule import assert_numeric_rule
 
@@ -146,6 +148,37 @@ def test_loads_without_a_driver() -> None:
     needed = subprocess.run(["ldd", library()], capture_output=True, text=True, check=True).stdout
     assert not re.search("cuda|torch|python", needed.replace(str(library()), ""))
     assert not isinstance(cuda._library, str)
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "reason"),
+    [
+        ((7, 5), None, r"capability \(7, 5\)"),
+        ((9, 0), "driver version is insufficient", "driver version is insufficient"),
+        ((9, 0), None, None),
+    ],
+)
+def test_what_a_device_has_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    error: str | None,
+    reason: str | None,
+) -> None:
+    """Neither backend stands in the way of the reference where its kernels cannot run."""
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    library = Library(build.library())
+    assert library.unavailable() is None
+    monkeypatch.setattr(library, "_unavailable", lambda: error and error.encode())
+    monkeypatch.setattr(cuda, "_library", library)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(triton, "_import_error", None)
+    monkeypatch.setattr(triton, "_interpreted", False)
+    found = cuda.unavailable.__wrapped__()
+    assert found is None if reason is None else re.search(reason, found)
+    assert (triton.unavailable.__wrapped__() is None) == (capability >= (8, 0))
 
 
 # (machine, kernel, head width) and bytes: the number of the head, read once for each window.

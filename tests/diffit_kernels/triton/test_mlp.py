@@ -224,7 +224,7 @@ def _launch(kernel: str, case: MLPCase, config: Config | None = None) -> None:
     if kernel == "mlp_gelu_backward":
         saved = torch.empty(rows, hidden, dtype=case.dtype)
         grad = residual.to(case.dtype)
-        backend.mlp_backward(problem, grad, *inputs[:4], saved, configs=configs)
+        backend.mlp_backward(problem, grad, *inputs[:4], saved, True, configs=configs)
     else:
         save_hidden = kernel == "mlp_gelu_hidden"
         backend.mlp(problem, *inputs, residual, save_hidden, configs=configs)
