@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-INDEX = "dataset.json"
+from diffit.data.pack import INDEX, UNREADABLE, read_index
+
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 KEPT_BYTES = 2**30  # a set whose pixels take no more is decoded once: a GPU would wait for it
 
@@ -67,7 +68,7 @@ class ImageDataset:
         if num_classes:
             if INDEX not in found:
                 raise ValueError(f"{path}: no {INDEX} in it, which holds the labels")
-            self.labels = torch.tensor(_labels(path, self._bytes(INDEX), self.names, num_classes))
+            self.labels = torch.tensor(_labels(path, self._bytes, self.names, num_classes))
         labels = None if self.labels is None else self.labels.tolist()
         content = json.dumps([[(name, found[name]) for name in self.names], labels])
         self.fingerprint = sha256(content.encode()).hexdigest()
@@ -93,7 +94,7 @@ class ImageDataset:
         try:
             with Image.open(io.BytesIO(self._bytes(name))) as picture:
                 mode, pixels = picture.mode, np.array(picture)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.path}: {name}: cannot be read: {error}") from error
         side = self.resolution
         if mode != "RGB" or pixels.shape != (side, side, 3):
@@ -129,13 +130,10 @@ def _open(path: Path) -> tuple[dict[str, Any], Callable[[str], bytes]]:
     return {info.filename: info.CRC for info in archive.infolist()}, archive.read
 
 
-def _labels(path: Path, content: bytes, names: list[str], num_classes: int) -> list[int]:
-    try:
-        labels = dict(json.loads(content)["labels"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path}: {INDEX}: expected labels, a list of [file, class]: {error!r}"
-        ) from error
+def _labels(
+    path: Path, read: Callable[[str], bytes], names: list[str], num_classes: int
+) -> list[int]:
+    labels, _ = read_index(path, read)
     for name in names:
         label = labels.get(name)
         if type(label) is not int or not 0 <= label < num_classes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import pickle
 import tarfile
 import zipfile
@@ -29,13 +30,25 @@ FOLDER_SIZE = 1000  # pictures in a folder of the zip
 CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 BACKGROUND = (255, 255, 255, 255)  # behind alpha: white, as in a browser
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of eight bits
-UNREADABLE = (  # what a broken picture or the entry of a broken zip raises
+BROKEN = (  # what a broken archive or an entry of it raises
     OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
+    EOFError,
+    RuntimeError,
+    lzma.LZMAError,
+    tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
+)
+UNREADABLE = (*BROKEN, SyntaxError, ValueError, Image.DecompressionBombError)  # and a picture
+NO_CIFAR10 = (  # what other pickles raise
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
 )
 
 
@@ -122,13 +135,20 @@ def open_source(path: Path) -> Source:
         ValueError: it is none of these, or its labels are wrong.
         OSError: it cannot be read.
     """
+    if not (path.is_dir() or path.is_file()):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        return _open(path)
+    except BROKEN as error:
+        raise OSError(f"{path}: cannot be read: {error}") from error
+
+
+def _open(path: Path) -> Source:
     if path.is_dir():
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
         if CIFAR10_BATCHES[0] in names:
             return _cifar10(path, lambda name: (path / name).read_bytes())
         return _files(path, names, lambda name: (path / name).read_bytes())
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix == ".npz":
         return _arrays(path)
     if zipfile.is_zipfile(path):
@@ -149,17 +169,15 @@ def open_source(path: Path) -> Source:
 
 
 def _files(path: Path, names: list[str], read: Callable[[str], bytes]) -> Source:
-    index = json.loads(read(INDEX)) if INDEX in names else None
     known = Image.registered_extensions()
     pictures = [name for name in names if PurePosixPath(name).suffix.lower() in known]
     others = [name for name in names if name not in set(pictures) and name != INDEX]
     classes: list[str] | None = None
     labels: dict[str, Any] = {}
-    if index is not None:
-        labels = dict(index.get("labels") or [])
-        classes = index.get("classes")
+    if INDEX in names:
+        labels, classes = read_index(path, read)
         for name, label in labels.items():
-            if not isinstance(label, int) or label < 0 or (classes and label >= len(classes)):
+            if type(label) is not int or label < 0 or (classes and label >= len(classes)):
                 raise ValueError(f"{path}: {INDEX}: {name}: expected a class, got {label!r}")
     elif pictures and all("/" in name for name in pictures):
         classes = sorted({name.split("/")[0] for name in pictures})
@@ -171,6 +189,29 @@ def _files(path: Path, names: list[str], read: Callable[[str], bytes]) -> Source
     )
 
 
+def read_index(path: Path, read: Callable[[str], bytes]) -> tuple[dict[str, Any], list[str] | None]:
+    """What ``dataset.json`` gives every file as its class, and the names of the classes.
+
+    Raises:
+        ValueError: it cannot be read, or is something else.
+    """
+    try:
+        index = json.loads(read(INDEX))
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: {INDEX}: cannot be read: {error}") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{path}: {INDEX}: expected an object with labels, got {index!r:.40}")
+    labels, classes = index.get("labels") or [], index.get("classes") or []
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"{path}: {INDEX}: expected classes, a list of names, got {classes!r:.40}")
+    try:
+        return dict(labels), classes or None
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {INDEX}: expected labels, a list of [file, class], got {labels!r:.40}"
+        ) from error
+
+
 def _decode(read: Callable[[str], bytes], name: str) -> Image.Image:
     return Image.open(io.BytesIO(read(name)))
 
@@ -179,18 +220,18 @@ def _arrays(path: Path) -> Source:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays["arr_0"]
-            labels = arrays["arr_1"].tolist() if "arr_1" in arrays else [None] * len(images)
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            labels = arrays.get("arr_1")
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected arr_0 (N, H, W, 3), uint8: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
             f"{path}: arr_0: expected (N, H, W, 3), uint8, got {images.shape}, {images.dtype}"
         )
-    if len(labels) != len(images) or any(
-        not (label is None or (isinstance(label, int) and label >= 0)) for label in labels
-    ):
+    if labels is None:
+        return Source(_of_arrays(images, [None] * len(images)), None)
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any():
         raise ValueError(f"{path}: arr_1: expected {len(images)} classes of 0 and more")
-    return Source(_of_arrays(images, labels), None)
+    return Source(_of_arrays(images, labels.tolist()), None)
 
 
 def _of_arrays(images: NDArray[np.uint8], labels: Sequence[int | None]) -> list[Picture]:
@@ -222,10 +263,13 @@ def _cifar10(path: Path, read: Callable[[str], bytes]) -> Source:
         classes = [name.decode() for name in unpickle("batches.meta")[b"label_names"]]
         images = np.concatenate([batch[b"data"] for batch in batches])
         labels = [int(label) for batch in batches for label in batch[b"labels"]]
-        images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    except (KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        images = images.astype(np.uint8, casting="safe").reshape(-1, 3, 32, 32)
+        pictures = _of_arrays(np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels)
+        if not all(0 <= label < len(classes) for label in labels):
+            raise ValueError(f"expected classes 0..{len(classes) - 1}")
+    except NO_CIFAR10 as error:
         raise ValueError(f"{path}: not CIFAR-10's python archive: {error}") from error
-    return Source(_of_arrays(np.ascontiguousarray(images), labels), classes)
+    return Source(pictures, classes)
 
 
 def _encoded(

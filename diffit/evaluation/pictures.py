@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +23,7 @@ class PictureSet:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._pictures = open_source(path).pictures
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path}: {error}") from error
+        self._pictures = open_source(path).pictures
         if not self._pictures:
             raise ValueError(f"{path}: there are no pictures in it")
         self.path = path

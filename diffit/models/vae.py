@@ -50,7 +50,7 @@ class LatentCodec(nn.Module):
             return cls(autoencoder.from_pretrained(os.fspath(source), **options))
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
-            raise OSError(f"source: found no autoencoder at {str(source)!r}: {reason}") from error
+            raise OSError(f"found no autoencoder at {str(source)!r}: {reason}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save, so that ``from_pretrained(folder)`` finds it."""

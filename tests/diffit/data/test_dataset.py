@@ -67,14 +67,15 @@ def test_the_fingerprint_tells_contents_apart(folder: Path) -> None:
     ("labels", "message"),
     [
         (None, "no dataset.json in it"),
-        ("{", "expected labels, a list of"),
-        ('{"labels": null}', "expected labels, a list of"),
-        ("[]", "expected labels, a list of"),
+        ("{", "dataset.json: cannot be read: Expecting property name"),
+        ('{"labels": null}', "img00000000.png: expected a class 0..2, got no label"),
+        ("[]", r"expected an object with labels, got \[\]"),
         ('{"labels": []}', "img00000000.png: expected a class 0..2, got no label"),
         (3, "img00000003.png: expected a class 0..2, got 3"),
         (-1, "img00000003.png: expected a class 0..2, got -1"),
         (True, "img00000003.png: expected a class 0..2, got True"),
-        ("1", "expected labels, a list of"),
+        ("1", "expected an object with labels, got 1"),
+        ('{"labels": [1]}', r"expected labels, a list of \[file, class\], got \[1\]"),
     ],
 )
 def test_wrong_labels_are_named(folder: Path, labels: object, message: str) -> None:
@@ -113,12 +114,15 @@ def test_a_wrong_picture_is_named(folder: Path, picture: Image.Image | None, mes
     assert "img00000007.png" in str(caught.value)
 
 
-def test_a_flipped_bit_in_a_zip_is_seen(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("mark", "name"), [(b"IDAT", "img00000000.png"), (b'{"labels": ', "dataset.json")]
+)
+def test_a_flipped_bit_in_a_zip_is_seen(folder: Path, mark: bytes, name: str) -> None:
     path = folder.with_suffix(".zip")
     content = bytearray(path.read_bytes())
-    content[content.index(b"IDAT") + 20] ^= 1
+    content[content.index(mark) + 20] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"img00000000.png: cannot be read"):
+    with pytest.raises(ValueError, match=rf"set.zip: .*{name}: cannot be read: Bad CRC-32"):
         opened(path).check()
 
 

@@ -188,6 +188,86 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, capsys: Any) -> None
     assert "harm" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        {"batches.meta": b"no pickle"},
+        {"batches.meta": pickle.dumps([1])},
+        {"batches.meta": pickle.dumps({b"label_names": [1]})},
+        {"batches.meta": pickle.dumps({b"label_names": [b"plane"]})},
+        {"data_batch_2": b""},
+        {"data_batch_2": pickle.dumps(3)},
+        {"data_batch_2": pickle.dumps({b"data": None, b"labels": None})},
+        {"data_batch_2": pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 0]})},
+        {"data_batch_2": pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]})},
+    ],
+)
+def test_odd_cifar10(tmp_path: Path, replaced: dict[str, bytes]) -> None:
+    cifar10(tmp_path / "a.tar.gz", **replaced)
+    with pytest.raises(ValueError, match=r"a\.tar\.gz: not CIFAR-10's python archive: [^\n]+$"):
+        pack(tmp_path / "a.tar.gz", tmp_path / "out.zip")
+
+
+def test_archives_that_are_cut_off(folder: Path, tmp_path: Path) -> None:
+    """Wherever: a line that names the archive, and no zip."""
+    cifar10(tmp_path / "whole.tar.gz")
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+        archive.write(folder / "cat/a.png", "a.png")
+    np.savez_compressed(tmp_path / "whole.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    for whole in sorted(tmp_path.glob("whole.*")):
+        content = whole.read_bytes()
+        cut = tmp_path / whole.name.replace("whole", "cut")
+        for length in (20, len(content) // 2):
+            cut.write_bytes(content[:length])
+            with pytest.raises((ValueError, OSError), match=rf"{cut.name}: [^\n]+$"):
+                pack(cut, tmp_path / "out.zip")
+            assert not list(tmp_path.glob("*out.zip*"))
+
+
+def test_a_directory_of_a_zip_that_is_broken(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(folder / "cat/a.png", "a.png")
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(b"PK\1\2", b"PK\1\1"))
+    with pytest.raises(OSError, match=r"a\.zip: cannot be read: Bad magic number"):
+        pack(tmp_path / "a.zip", tmp_path / "out.zip")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (b"[]", r"expected an object with labels, got \[\]$"),
+        (b"7", "expected an object with labels, got 7$"),
+        (b"{", "cannot be read: Expecting property name"),
+        (b"\xff\xfe{", "cannot be read: 'utf-16-le' codec"),
+        (b"[" * 10**5, "cannot be read: maximum recursion depth"),
+        (b'{"labels": 7}', r"expected labels, a list of \[file, class\], got 7$"),
+        (b'{"labels": [7]}', r"expected labels, a list of \[file, class\], got \[7\]$"),
+        (b'{"labels": ["abc"]}', r"expected labels, a list of \[file, class\], got \['abc'\]$"),
+        (b'{"labels": [["a.png", true]]}', "a.png: expected a class, got True$"),
+        (b'{"classes": 7}', "expected classes, a list of names, got 7$"),
+        (b'{"classes": [7]}', r"expected classes, a list of names, got \[7\]$"),
+    ],
+)
+def test_odd_indices(folder: Path, tmp_path: Path, index: bytes, message: str) -> None:
+    """In a folder and in a zip."""
+    (folder / "dataset.json").write_bytes(index)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in folder.rglob("*.*"):
+            archive.write(path, path.relative_to(folder).as_posix())
+    for source in (folder, tmp_path / "set.zip"):
+        with pytest.raises(ValueError, match=rf"{source}: dataset\.json: {message}"):
+            pack(source, tmp_path / "out.zip")
+
+
+def test_a_flipped_bit_in_the_index(tmp_path: Path) -> None:
+    content = bytearray(EMOJI.read_bytes())
+    content[content.rindex(b"dataset.json", 0, content.index(b"PK\1\2")) + 100] ^= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.zip: dataset\.json: cannot be read: "):
+        pack(tmp_path / "a.zip", tmp_path / "out.zip")
+
+
 def wrong_sources(tmp_path: Path) -> dict[str, str]:
     """Names of sources and what is said of them."""
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
@@ -197,6 +277,9 @@ def wrong_sources(tmp_path: Path) -> dict[str, str]:
     np.savez(tmp_path / "unnamed.npz", images=images)
     np.savez(tmp_path / "labels.npz", images, np.array([0]))
     np.savez(tmp_path / "negative.npz", images, np.array([0, -1]))
+    np.savez(tmp_path / "one.npz", images, 0)
+    np.save(tmp_path / "array.npy", images)
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     for name, size, labels in (
         ("mixed", (5, 4), None),
@@ -218,6 +301,8 @@ def wrong_sources(tmp_path: Path) -> dict[str, str]:
         "unnamed.npz": r"expected arr_0 \(N, H, W, 3\), uint8",
         "labels.npz": "arr_1: expected 2 classes of 0 and more",
         "negative.npz": "arr_1: expected 2 classes of 0 and more",
+        "one.npz": "arr_1: expected 2 classes of 0 and more",
+        "array.npz": r"array.npz: expected arr_0 \(N, H, W, 3\), uint8",
         "cut.npz": "expected arr_0",
         "mixed": "b.png: expected 5 x 5 as the first picture, got 5 x 4; give a size",
         "wide": "a.png: expected 6 x 6 as the first picture, got 6 x 5; give a size",

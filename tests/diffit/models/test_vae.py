@@ -89,7 +89,7 @@ def test_wrong_input(tmp_path: Path) -> None:
             codec.encode(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"latents: expected \(B, 4, h, w\), got shape \(2, 8, 3"):
         codec.decode(torch.zeros(2, 8, 3, 5))
-    with pytest.raises(OSError, match=r"^source: found no autoencoder at '.*config\.json.*$"):
+    with pytest.raises(OSError, match=r"^found no autoencoder at '.*config\.json.*$"):
         LatentCodec.from_pretrained(tmp_path)
 
 
