@@ -141,8 +141,8 @@ class Checkpoints:
         losses = {}
         for path in self._all():
             try:
-                losses[path] = json.loads((path / MANIFEST).read_text())["loss"]
-            except (OSError, ValueError, KeyError):
+                losses[path] = float(json.loads((path / MANIFEST).read_text())["loss"])
+            except (OSError, ValueError, TypeError, KeyError):
                 losses[path] = float("inf")  # broken; goes as the others do
         old = list(losses)[: -self.keep]
         best = min(losses, key=lambda path: losses[path])
@@ -167,8 +167,10 @@ def _why_broken(path: Path) -> str | None:
         digests = json.loads((path / MANIFEST).read_text())["sha256"]
     except FileNotFoundError:
         return f"no {MANIFEST} in it"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{MANIFEST} cannot be read: {error!r}"
+    if not isinstance(digests, dict) or not digests:
+        return f"{MANIFEST}: sha256: expected the files' digests, got {digests!r}"
     for name, digest in digests.items():
         if not (path / name).is_file():
             return f"{name} is missing"

@@ -14,6 +14,7 @@ from diffit.extras import import_extra
 from diffit.files import replacing
 
 STATS = "stats.jsonl"
+NEEDED = ("step", "images", "loss")  # of a line
 CEILING_SECONDS = 0.3
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 
@@ -60,13 +61,29 @@ class Log:
 
 
 def read_stats(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``stats.jsonl``, up to one that was cut off; none if there is no such file."""
+    """The lines of a ``stats.jsonl``, without a last one cut off; none if there is no such file.
+
+    Raises:
+        ValueError: something else, naming the line.
+        OSError: it cannot be read.
+    """
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    texts = path.read_bytes().splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:  # the process was killed while it wrote
-            break
+            line = json.loads(text)
+        except ValueError:
+            if number == len(texts) and (lines or text.startswith(b"{")):
+                break  # the process was killed while it wrote
+            line = None
+        if not isinstance(line, dict) or not all(
+            isinstance(line.get(name), (int, float)) for name in NEEDED
+        ):
+            raise ValueError(
+                f"{path}: line {number}: expected an object with the numbers "
+                f"{', '.join(NEEDED)}, got {text[:40]!r}"
+            )
+        lines.append(line)
     return lines
 
 

@@ -299,6 +299,8 @@ class Trainer:
                 found = json.loads(path.read_text())
             except ValueError as error:
                 raise ValueError(f"{path}: cannot be read: {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{path}: expected a JSON object, got {found!r:.40}")
             if other := [name for name in identity if identity[name] != found.get(name)]:
                 differences = ", ".join(f"{n} {found.get(n)} not {identity[n]}" for n in other)
                 raise ValueError(

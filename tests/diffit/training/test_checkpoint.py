@@ -63,12 +63,16 @@ def damage(folder: Path, how: str) -> str:
     elif how == "no manifest":
         (folder / "manifest.json").unlink()
     else:
-        (folder / "manifest.json").write_text('{"sha')
+        (folder / "manifest.json").write_text(how)
     return folder.name
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "bit", "missing", "index", "no manifest", "cut manifest"]
+    "how",
+    [
+        *("truncated", "bit", "missing", "index", "no manifest"),
+        *('{"sha', "[]", "3", "{}", '{"sha256": 3}', '{"sha256": []}', '{"sha256": {}}'),
+    ],
 )
 def test_a_damaged_one_is_refused_by_name_and_the_one_before_is_used(
     checkpoints: Checkpoints, how: str
@@ -83,6 +87,15 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_is_used(
     checkpoints.save(3, 0.0, state(30))  # in its place
     assert checkpoints.load(found) == (3, [])
     assert found["a"].equal(state(30)["a"])
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"loss": null}', '{"loss": "low"}'])
+def test_an_odd_manifest_of_an_old_one_is_no_obstacle(
+    checkpoints: Checkpoints, manifest: str
+) -> None:
+    (checkpoints.folder / "00000002" / "manifest.json").write_text(manifest)
+    checkpoints.save(4, 1.0, state(4))
+    assert names(checkpoints) == ["00000003", "00000004"]
 
 
 def test_none_whole_is_an_error(checkpoints: Checkpoints) -> None:
