@@ -40,7 +40,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     try:
         with replaced(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # by the umask; save_file makes it 0600
             save_file(dict(tensors), temporary, dict(metadata))
+            temporary.chmod(mode)
     except SafetensorError as error:  # a full disk, for example
         raise OSError(f"{path}: could not be written: {error}") from error
 

@@ -93,10 +93,13 @@ class StoredStatistics:
 
 def holds(path: Path, entry: str) -> bool:
     """Whether this is an npz with that entry: "mu" of statistics, "arr_0" of pictures."""
-    if path.suffix != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
+    if path.suffix != ".npz" or not path.is_file():
         return False
-    with zipfile.ZipFile(path) as archive:
-        return f"{entry}.npy" in archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"{entry}.npy" in archive.namelist()
+    except zipfile.BadZipFile:
+        return False
 
 
 def read_statistics(path: Path) -> StoredStatistics:
@@ -144,10 +147,20 @@ def _statistics(
         raise ValueError(
             f"{path}: expected {mu} (d,) and {sigma} (d, d), got {mean.shape}, {covariance.shape}"
         )
+    count = arrays.get("count", np.zeros((), np.int64))
+    for name, array, kinds in (
+        (mu, mean, "iuf"),
+        (sigma, covariance, "iuf"),
+        ("count", count, "iu"),
+    ):
+        if array.dtype.kind not in kinds:
+            raise ValueError(f"{path}: {name}: expected numbers, got {array.dtype}")
+    if count.shape:
+        raise ValueError(f"{path}: count: expected one number, got {count.shape}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{path}: {mu}, {sigma}: expected finite numbers")
     return FeatureStatistics(
         torch.from_numpy(mean.astype(np.float64)),
         torch.from_numpy(covariance.astype(np.float64)),
-        int(arrays.get("count", 0)),
+        int(count),
     )

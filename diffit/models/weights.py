@@ -29,6 +29,9 @@ PUBLISHED_FILES = {32: "diffit_256.safetensors", 64: "diffit_512.safetensors"}
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 METADATA = "diffit"
 SHOWN_KEYS = 3
+NOTES = {"network": (str, "a name"), "config": (dict, "an object"), "preset": (str, "a name")}
+# What arguments of a constructor raise that do not fit.
+NO_CONFIG = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -77,14 +80,17 @@ class Pretrained(
             config = metadata["config"]
         else:
             config = cls._infer_config(path, shapes)
-        with torch.device("meta"):
-            model = cls(**{**config, **options})
+        try:
+            with torch.device("meta"):
+                model = cls(**{**config, **options})
+        except NO_CONFIG as error:
+            raise ValueError(f"{path}: its config makes no {cls.__name__}: {error}") from error
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         renewed = [name for name in cls.LABEL_KEYS if shapes.get(name) != expected.get(name)]
         for name in renewed:
             state.pop(name, None)
             if name in expected:
-                like = next(iter(state.values()))
+                like = next(iter(state.values()), torch.empty(0))
                 state[name] = nn.init.normal_(like.new_empty(expected[name]), std=0.02)
         if renewed:
             warnings.warn(
@@ -173,12 +179,19 @@ def read_metadata(path: Path) -> dict[str, Any]:
         text = (file.metadata() or {}).get(METADATA, "{}")
     try:
         noted = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         noted = None
     if not isinstance(noted, dict):
         raise ValueError(
             f"{path}: metadata {METADATA!r}: expected a JSON object, got {text[:40]!r}"
         )
+    for key, (kind, what) in NOTES.items():
+        if key in noted and not isinstance(noted[key], kind):
+            raise ValueError(
+                f"{path}: metadata {METADATA!r}: {key}: expected {what}, got {noted[key]!r:.40}"
+            )
+    if "config" in noted and "network" not in noted:
+        raise ValueError(f"{path}: metadata {METADATA!r}: expected network beside config, got none")
     return noted
 
 

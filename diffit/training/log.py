@@ -67,7 +67,7 @@ def read_stats(path: Path) -> list[dict[str, float]]:
         ValueError: something else, naming the line.
         OSError: it cannot be read.
     """
-    lines = []
+    lines: list[dict[str, float]] = []
     texts = path.read_bytes().splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
         try:

@@ -150,6 +150,9 @@ def test_foreign_files(tmp_path: Path) -> None:
     assert holds(tmp_path / "batch.npz", "mu")
     assert not holds(tmp_path / "edm.npz", "arr_0")
     assert not holds(tmp_path / "nowhere.npz", "mu")
+    broken = (tmp_path / "edm.npz").read_bytes().replace(b"PK\1\2", b"PK\1\1")
+    (tmp_path / "broken.npz").write_bytes(broken)
+    assert not holds(tmp_path / "broken.npz", "mu")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,10 @@ def test_foreign_files(tmp_path: Path) -> None:
             {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros((2, 2)), "sigma_s": 0},
             r"expected mu_s \(d,\) and sigma_s \(d, d\)",
         ),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "mu: expected numbers, got <U1"),
+        ({"mu": np.zeros(1), "sigma": np.array([["a"]])}, "sigma: expected numbers, got <U1"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "count": "a"}, "count: expected numbers, got <U1"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "count": [1, 2]}, "count: expected one number"),
         (
             {"mu": np.array([None]), "sigma": np.eye(1)},
             "not a whole npz of numbers: .*allow_pickle",

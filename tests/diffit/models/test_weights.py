@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,30 @@ def test_foreign_files(published: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "nothing.safetensors")
 
 
+IMAGE = {"network": "ImageDiffiT"}
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        ({"config": {}}, "metadata 'diffit': expected network beside config, got none"),
+        ({"network": ["a"]}, r"metadata 'diffit': network: expected a name, got \['a'\]"),
+        ({"config": [1]}, r"metadata 'diffit': config: expected an object, got \[1\]"),
+        ({"preset": 3}, "metadata 'diffit': preset: expected a name, got 3"),
+        (IMAGE | {"config": {"width": 2}}, "makes no ImageDiffiT: .*argument 'width'"),
+        (IMAGE | {"config": {"channels": 3}}, "makes no ImageDiffiT: "),
+        (IMAGE | {"config": {"channels": []}}, "makes no ImageDiffiT: "),
+        (IMAGE | {"config": {"head_dim": 0}}, "makes no ImageDiffiT: "),
+        (IMAGE | {"config": {}}, r"does not fit the network: missing "),
+    ],
+)
+def test_odd_metadata(tmp_path: Path, note: dict[str, Any], message: str) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({}, file, {"diffit": json.dumps(note)})
+    with pytest.raises(ValueError, match=rf"^{file}: .*{message}"):
+        load_model(file)
+
+
 def test_not_finite() -> None:
     network = small_latent()
     weights.require_finite(network, "file")
@@ -216,6 +241,17 @@ def test_not_finite() -> None:
         network.blocks[1].mlp.fc1.weight[3, 2] = torch.inf
     with pytest.raises(ValueError, match=r"file: not finite: blocks\.1\.mlp\.fc1\.weight$"):
         weights.require_finite(network, "file")
+
+
+def test_the_umask_is_followed(tmp_path: Path) -> None:
+    """As of the files beside it, also where there was one with other rights."""
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            save_weights(small_image(), tmp_path / "a.safetensors")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
