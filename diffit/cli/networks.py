@@ -9,6 +9,7 @@ import torch
 
 from diffit.files import sha256_of
 from diffit.models import (
+    PRESETS,
     DiffusionNetwork,
     ImageNetwork,
     LatentDiffiT,
@@ -69,12 +70,15 @@ def find_network(preset: str | None, weights: str | None) -> Found:
     # A repository may hold a file for each size.
     path = find_weights(weights, known.options.get("input_size", 32) if known else 32)
     network, noted = load_model(path)
+    if preset is not None and noted in PRESETS and noted != preset:
+        raise ValueError(f"{path}: expected weights of preset {preset}, got those of {noted}")
     require_finite(network, str(path))
     if isinstance(network, ImageNetwork):
         network.float()  # half precision halves the file; it is not how the network is run
     if preset is None:
         preset = noted or _published_preset(network, path)
-        get_preset(preset)
+        if preset not in PRESETS:
+            raise ValueError(f"{path}: notes a preset that is not known here, {preset!r}")
     elif known is not None:
         _require_fit(network, preset, known, path)
     return Found(network, preset, sha256_of(path))

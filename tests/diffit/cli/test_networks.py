@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffit.cli import main
 from diffit.cli.networks import SHIPPED, find_network
 from diffit.files import sha256_of
-from diffit.models import create_model
+from diffit.models import create_model, save_weights
 from tests.diffit.cli.test_sample import PRESET
 
 FILE = SHIPPED / f"{PRESET}.safetensors"
@@ -27,6 +28,20 @@ def test_the_shipped_file_is_small_and_found() -> None:
     assert by_file.preset == PRESET
     assert {value.dtype for value in by_preset.network.parameters()} == {torch.float32}
     create_model(PRESET).load_state_dict(by_preset.network.state_dict(), strict=True)
+
+
+def test_weights_are_of_their_preset(tmp_path: Path) -> None:
+    """Those of another are refused; without a note, or one that is not known, they need to fit."""
+    for preset in ("diffit_cifar10_32", f"{PRESET}_time_bias"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{FILE}: expected weights of preset {preset}, got those of {PRESET}$",
+        ):
+            find_network(preset, str(FILE))
+    network = find_network(PRESET, str(FILE)).network
+    for notes in ({}, {"preset": "diffit_new"}):
+        save_weights(network, tmp_path / "a.safetensors", **notes)
+        assert find_network(PRESET, str(tmp_path / "a.safetensors")).preset == PRESET
 
 
 def test_the_shipped_network_draws(tmp_path: Path, capsys: Any) -> None:
