@@ -1,9 +1,11 @@
-"""Types of arguments that several commands take."""
+"""Types of arguments that several commands take, and whether their output can be written."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
+from tempfile import TemporaryFile
 
 
 def positive_int(text: str) -> int:
@@ -42,3 +44,41 @@ def positive_number(text: str) -> float:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
+
+
+def require_writable(option: str, folder: Path) -> None:
+    """Raise OSError, naming the option, if no file can be made there: before the work."""
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{option}: {str(folder)!r} cannot be written to: {error.strerror}"
+        ) from error
+
+
+def require_out(option: str, path: Path, suffix: str) -> None:
+    """Raise unless a file of that suffix can be written there: before the work.
+
+    Raises:
+        ValueError: another suffix, or no folder for it.
+        OSError: the folder cannot be written to.
+    """
+    if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(
+            f"{option}: expected a {suffix} in a folder that exists, got {str(path)!r}"
+        )
+    require_writable(option, path.parent)
+
+
+def require_out_folder(option: str, path: Path) -> None:
+    """Raise unless files can be written there once the folder is made: before the work.
+
+    Raises:
+        ValueError: there is a file in its place.
+        OSError: it cannot be written to.
+    """
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option}: expected a folder, got {str(path)!r}: {there} is a file")
+    require_writable(option, there)

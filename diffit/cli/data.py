@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffit.cli.arguments import positive_int, require_out
+
 HELP = "pack pictures into the zip that training reads"
 
 
@@ -18,14 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the zip to write")
     parser.add_argument(
         "--size",
-        type=int,
+        type=positive_int,
         help="cut to the central square and scale down to this many pixels; smaller pictures are "
         "left out (default: pictures have to be squares of one size)",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the zip and print what was left out."""
+    """Write the zip and print what was left out.
+
+    Raises:
+        ValueError, OSError: wrong input.
+    """
     from diffit.data.pack import pack
 
+    require_out("--out", arguments.out, ".zip")
     print(pack(arguments.source, arguments.out, size=arguments.size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffit.cli.arguments import positive_int
+from diffit.cli.arguments import positive_int, require_out_folder
 
 HELP = "encode pictures into the latents that latent networks train on"
 
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from diffit.models.vae import LatentCodec
     from diffit.ranks import ranks
 
+    require_out_folder("--out", arguments.out)
     with torch.device("meta"):
         network = create_model(arguments.preset)
     if not isinstance(network, LatentDiffiT):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from diffit.cli.arguments import require_out
 from diffit.cli.sample import Plan, add_sampling_arguments, make_plan, progress_bar
-from diffit.cli.seeds import format_seeds
+from diffit.cli.seeds import format_seeds, parse_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 HELP = "measure pictures against a reference: Frechet distance, precision, recall, inception score"
 BATCH_SIZE = 32  # of pictures on disk
+SEEDS = "0-999"
 SAMPLING_ONLY = (  # arguments that need a network
     *("preset", "weights", "classes", "sampler", "steps", "guidance", "guidance_interval"),
-    *("vae", "dtype", "compile"),
+    *("vae", "dtype", "compile", "seeds"),
 )
 
 
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npz",
         help="the statistics of the reference; without samples or a network nothing else is done",
     )
-    add_sampling_arguments(parser, seeds="0-999")
+    add_sampling_arguments(parser, seeds=SEEDS)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     from diffit.ranks import ranks
 
     _require_sensible(arguments)
+    arguments.seeds = arguments.seeds or parse_seeds(SEEDS)
     with ranks() as peers:
         extractor = create_extractor(
             arguments.features,
@@ -121,14 +123,8 @@ def _require_sensible(arguments: argparse.Namespace) -> None:
         ("--out", arguments.out, ".json"),
         ("--write-statistics", arguments.write_statistics, ".npz"),
     ):
-        if path is None:
-            continue
-        if path.suffix != suffix or not path.parent.is_dir():
-            raise ValueError(
-                f"{option}: expected a {suffix} in a folder that exists, got {str(path)!r}"
-            )
-        if not os.access(path.parent, os.W_OK):  # before the work, not after it
-            raise PermissionError(f"{option}: {str(path.parent)!r} cannot be written to")
+        if path is not None:
+            require_out(option, path, suffix)
     given = [name for name in SAMPLING_ONLY if getattr(arguments, name) not in (None, False)]
     if arguments.samples and given:
         raise ValueError(

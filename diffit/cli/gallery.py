@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffit.cli.arguments import require_out_folder
 from diffit.files import replacing
 
 Note = Mapping[str, Any]
@@ -53,6 +54,7 @@ class Gallery:
             )
         if not self.path.parent.is_dir():
             raise NotADirectoryError(f"--out: there is no folder {str(self.path.parent)!r}")
+        require_out_folder("--out", self.path if is_folder else self.path.parent)
         self._write = None if is_folder else WRITERS[self.path.suffix]
         self.folder = self.path if is_folder else self.path.with_name(f"{self.path.name}.partial")
 

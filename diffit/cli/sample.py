@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffit.models import Sampling
     from diffit.ranks import Ranks
 
+SEEDS = "0"
 HELP = "sample pictures: a grid, single PNGs, or an npz for evaluators"
 STEPS = {"edm": 18, "ddpm": 250, "ddim": 50, "dpm++": 25}  # where they are not the preset's
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, help="a grid (.png), arrays (.npz), or a folder for single PNGs"
     )
-    add_sampling_arguments(parser, seeds="0")
+    add_sampling_arguments(parser, seeds=SEEDS)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, seeds: str) -> None:
     """Declare those that a picture depends on, and how it is computed.
 
     Args:
-        seeds: the default.
+        seeds: the default, for the help; without the option ``seeds`` is None.
     """
     add = parser.add_argument
     add("--preset", metavar="NAME", help="network and settings; `diffit models` lists them")
@@ -46,7 +47,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, seeds: str) -> None:
         help="a safetensors file, its folder, or a repository on the Hugging Face hub; default: "
         "those that come with the preset, else random ones",
     )
-    add("--seeds", type=parse_seeds, default=seeds, help="one picture each, as 0-63 or 0,5,7-9")
+    add(
+        "--seeds",
+        type=parse_seeds,
+        help=f"one picture each, as 0-63 or 0,5,7-9; default: {seeds}",
+    )
     add(
         "--classes",
         help="ids, ranges of ids, names or none, separated by commas; of n of them seed s gets "
@@ -94,6 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     from diffit.cli.gallery import Gallery
     from diffit.ranks import ranks
 
+    arguments.seeds = arguments.seeds or parse_seeds(SEEDS)
     gallery = Gallery(arguments.out)
     with ranks() as peers:
         plan = make_plan(arguments, peers)
@@ -199,8 +205,12 @@ def _sampling(arguments: argparse.Namespace, preset: str) -> Sampling:
     sampler = arguments.sampler or known.sampler
     steps = known.steps if sampler == known.sampler else STEPS[sampler]
     scale = known.guidance_scale if arguments.guidance is None else arguments.guidance
-    if arguments.guidance_interval and scale == 1:
-        raise ValueError("--guidance-interval: expected --guidance SCALE with it")
+    if arguments.guidance_interval:
+        low, high = arguments.guidance_interval
+        if low > high:
+            raise ValueError(f"--guidance-interval: expected LOW HIGH, got {low:g} {high:g}")
+        if scale == 1:
+            raise ValueError("--guidance-interval: expected --guidance SCALE with it")
     return replace(known, sampler=sampler, steps=arguments.steps or steps, guidance_scale=scale)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffit.cli.arguments import positive_int, positive_number
+from diffit.cli.arguments import positive_int, positive_number, require_out_folder
 
 if TYPE_CHECKING:
     from diffit.data.dataset import Dataset
@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     from diffit.ranks import ranks
     from diffit.training import Running, Trainer, get_recipe
 
+    require_out_folder("--out", arguments.out)
     overrides = ("steps", "batch_size", "lr", "lr_ramp", "checkpoint_every", "snapshot_every")
     given = {name: getattr(arguments, name) for name in overrides}
     recipe = replace(

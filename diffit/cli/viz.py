@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from diffit.cli.arguments import positive_int, require_out
+
 HELP = "draw attention maps, the relative position bias of a layer, or the losses of runs"
 
 
@@ -22,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head", type=int, help="attention of one head (default: the mean of all)")
     add("--seed", type=int, default=0, help="of the picture that is sampled")
     add("--class", dest="label", type=int, help="of that picture (default: none)")
-    add("--steps", type=int, default=18, help="of the sampler")
-    add("--moments", type=int, default=4, help="how many times to show, evenly spread")
+    add("--steps", type=positive_int, default=18, help="of the sampler")
+    add("--moments", type=positive_int, default=4, help="how many times to show, evenly spread")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,8 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError, OSError, ImportError: wrong input.
     """
     out = arguments.out
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise ValueError(f"--out: expected a .png in a folder that exists, got {str(out)!r}")
+    require_out("--out", out, ".png")
     if arguments.what == "loss":
         _draw_losses(out, arguments.runs or [])
     else:
@@ -83,10 +84,17 @@ def _draw_network(arguments: argparse.Namespace) -> None:
         heads = min(recorder.layers[name].num_heads for name in layers)
         if arguments.head is not None and not 0 <= arguments.head < heads:
             raise ValueError(f"--head: expected 0..{heads - 1}, got {arguments.head}")
+        label, classes = arguments.label, network.num_classes
+        if label is not None and not 0 <= label < classes:
+            raise ValueError(f"--class: expected one of the {classes} classes, got {label}")
+        if arguments.moments > arguments.steps:
+            raise ValueError(
+                f"--moments: expected at most --steps {arguments.steps}, got {arguments.moments}"
+            )
         moments = record_sampling(
             network,
             seed=arguments.seed,
-            label=arguments.label,
+            label=label,
             steps=arguments.steps,
             moments=arguments.moments,
             sigma_data=get_preset(found.preset).sampling.sigma_data,

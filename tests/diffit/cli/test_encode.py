@@ -104,6 +104,8 @@ def test_wrong_input_is_one_line(images: Path, vae: Path, tmp_path: Path, capsys
     with pytest.raises(SystemExit, match="2"):
         encode(images, vae, out, "--batch-size", "0")
     assert "--batch-size: expected a number of at least 1" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert "--out: expected a folder" in refused(encode(images, vae, tmp_path / "file"))
     assert "no such file" in refused(encode(tmp_path / "missing.zip", vae, out))
     assert "found no autoencoder" in refused(encode(images, tmp_path / "missing", out))
     small = pictures(tmp_path / "small.zip", 2, size=8)

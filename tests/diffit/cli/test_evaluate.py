@@ -202,6 +202,7 @@ def test_wrong_input(
         tmp_path / "other.npz", mu=np.zeros(1280), sigma=np.eye(1280), features=np.array("other")
     )
     np.savez(tmp_path / "half.npz", mu=np.zeros(1280))
+    np.savez(tmp_path / "words.npz", mu=np.array(["a"] * 1280), sigma=np.eye(1280))
     (tmp_path / "text").write_text("text")
     given = ("--samples", "a.zip", "--reference", "a.zip")
     for arguments, message in (
@@ -222,8 +223,13 @@ def test_wrong_input(
             ("--samples", "a.zip", "--reference", "other.npz"),
             "expected statistics of effnetlite0, got those of other",
         ),
+        (
+            ("--samples", "a.zip", "--reference", "words.npz"),
+            "words.npz: mu: expected numbers, got <U1",
+        ),
         (("--samples", "a.zip", "--reference", "half.npz"), "expected mu (d,) and sigma (d, d)"),
         ((*given, "--steps", "3"), "--steps: expected a network, not --samples, with it"),
+        ((*given, "--seeds", "0-999"), "--seeds: expected a network, not --samples, with it"),
         ((*given, "--weights", "x"), "--weights: expected a network, not --samples"),
         ((*given, "--features", "inception"), "expected --inception-weights FILE"),
         ((*given, "--inception-weights", "x"), "expected --features inception with it"),
@@ -234,6 +240,8 @@ def test_wrong_input(
         ((*given, "--features", "clip"), "invalid choice: 'clip'"),
         ((*given, "--out", "a.txt"), "--out: expected a .json in a folder that exists"),
         ((*given, "--out", "no/a.json"), "--out: expected a .json in a folder that exists"),
+        ((*given, "--out", "/proc/a.json"), "--out: '/proc' cannot be written to: "),
+        ((*given, "--write-statistics", "few"), "--write-statistics: expected a .npz"),
         ((*given, "--write-statistics", "a"), "--write-statistics: expected a .npz"),
         ((*given, "--device", "tpu"), "--device: tpu cannot be used here"),
         (

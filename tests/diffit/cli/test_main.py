@@ -32,6 +32,13 @@ def test_help_does_not_import_torch() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+@pytest.mark.parametrize(("command", "seeds"), [("sample", "0"), ("evaluate", "0-999")])
+def test_help_says_which_seeds(capsys: Any, command: str, seeds: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"0,5,7-9; default: {seeds} " in " ".join(capsys.readouterr().out.split())
+
+
 def test_models(capsys: Any, fails: Callable[..., str]) -> None:
     assert main(["models", "diffit_xl*"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -59,7 +66,12 @@ def test_data(capsys: Any, fails: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     Image.new("RGB", (6, 4)).save(tmp_path / "set/a.png")
     Image.new("RGB", (3, 3)).save(tmp_path / "set/b.png")
-    assert "a.png: expected" not in fails("data", "set", "--out", "no/folder.zip")
+    for out in ("no/folder.zip", "set", "a.tar", "a", ""):
+        message = f"--out: expected a .zip in a folder that exists, got {str(Path(out))!r}"
+        assert message in fails("data", "nowhere", "--out", out)
+    message = "--out: '/proc' cannot be written to: "
+    assert message in fails("data", "nowhere", "--out", "/proc/a.zip")
+    assert "--size: expected a number" in fails("data", "set", "--out", "a.zip", "--size", "0")
     assert "give a size" in fails("data", "set", "--out", "a.zip")
     assert "nowhere: no such file or folder" in fails("data", "nowhere", "--out", "a.zip")
     assert main(["data", "set", "--out", "a.zip", "--size", "4"]) == 0

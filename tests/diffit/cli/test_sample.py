@@ -221,6 +221,7 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:
     save_weights(broken, tmp_path / "nan.safetensors", preset=PRESET)
     save_weights(small_image(), tmp_path / "small.safetensors", preset=PRESET)
     save_weights(small_image(), tmp_path / "unnoted.safetensors")
+    save_weights(small_image(), tmp_path / "unknown.safetensors", preset="diffit_new")
     for name, note in (("future", '{"network": "FutureDiffiT"}'), ("list", "[1]"), ("text", "{")):
         save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors", {"diffit": note})
     flat = {name: torch.zeros(1) for name in small_latent().state_dict()}
@@ -238,6 +239,10 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:
         (("--weights", "text.safetensors"), "metadata 'diffit': expected a JSON object, got '{'"),
         (("--weights", "nan.safetensors"), "not finite: stem.weight"),
         (("--weights", "unnoted.safetensors"), "notes no preset"),
+        (
+            ("--weights", "unknown.safetensors"),
+            "unknown.safetensors: notes a preset that is not known here, 'diffit_new'",
+        ),
         (("--weights", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
         (
             ("--weights", "small.safetensors", "--preset", PRESET),
@@ -256,10 +261,17 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:
         (("--preset", PRESET, "--seeds", "a"), "expected numbers and ranges such as 0-63"),
         (("--preset", PRESET, "--device", "tpu"), "--device: tpu cannot be used here"),
         (("--preset", PRESET, "--guidance-interval", "0", "1"), "expected --guidance SCALE"),
+        (
+            ("--preset", PRESET, "--guidance", "2", "--guidance-interval", "5", "1"),
+            "--guidance-interval: expected LOW HIGH, got 5 1",
+        ),
         (("--preset", "diffit_cifar10_32", "--guidance", "2"), "has no classes to guide by"),
         (("--preset", PRESET, "--out", "a.jpg"), "ends in .png or .npz"),
         (("--preset", PRESET, "--out", "no/such/a.png"), "there is no folder 'no/such'"),
         (("--preset", PRESET, "--out", "file/a.png"), "there is no folder 'file'"),
+        (("--preset", PRESET, "--out", "file"), "--out: expected a folder, got 'file'"),
+        (("--preset", "none", "--out", "/proc/a.png"), "--out: '/proc' cannot be written to: "),
+        (("--preset", "none", "--out", "/proc/a"), "--out: '/proc' cannot be written to: "),
     ):
         given = arguments if "--out" in arguments else (*arguments, "--out", "a.png")
         assert message in fails("sample", *given), arguments

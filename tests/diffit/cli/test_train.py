@@ -162,8 +162,38 @@ def test_bad_data(train: Train, images: Path, tmp_path: Path, capsys: Any) -> No
 
 def test_a_folder_that_cannot_be_written(train: Train, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("not a folder")
-    assert "file" in wrong(capsys, train(out=tmp_path / "file"))
-    assert "run" in wrong(capsys, train(out="/proc/run"))  # read-only even for root
+    for out, message in (
+        (tmp_path / "file", "--out: expected a folder, got "),
+        (tmp_path / "file/run", f"{tmp_path / 'file'} is a file"),
+        ("/proc/run", "--out: '/proc' cannot be written to: "),  # even for root
+    ):
+        assert message in wrong(capsys, train(out=out, data="not looked at yet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", "[]", r"run.json: expected a JSON object, got []"),
+        ("run.json", "{", "run.json: cannot be read: Expecting property name"),
+        ("run.json", b"\xff\xff", "run.json: cannot be read: 'utf-8' codec"),
+        ("stats.jsonl", "[]\n", "stats.jsonl: line 1: expected an object with the numbers step, "),
+        ("stats.jsonl", '{"loss": 1}\n', "stats.jsonl: line 1: expected an object"),
+        ("stats.jsonl", '{"step": "1", "images": 1, "loss": 1}\n', "stats.jsonl: line 1: expected"),
+        ("stats.jsonl", "no json\n{}\n", "stats.jsonl: line 1: expected an object"),
+        ("stats.jsonl", b"\x89PNG\r\n\x1a\n\0", "stats.jsonl: line 1: expected an object"),
+    ],
+)
+def test_a_run_that_is_none(
+    train: Train, tmp_path: Path, capsys: Any, name: str, content: str | bytes, message: str
+) -> None:
+    """The file is named, and left as it was."""
+    assert train() == 0
+    file = tmp_path / "run" / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = file.read_bytes()
+    capsys.readouterr()
+    assert message in wrong(capsys, train())
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "snapshot"])

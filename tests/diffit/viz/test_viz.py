@@ -156,9 +156,20 @@ def test_losses_of_runs(tmp_path: Path, capsys: Any) -> None:
         assert np.asarray(picture.convert("RGB")).std() > 5
     capsys.readouterr()
     out.unlink()
+    odd = {
+        "none": b'{"step": 1}',
+        "list": b"[1]",
+        "text": b'{"step": 1, "images": 8, "loss": "low"}',
+        "binary": b"\x89PNG\r\n\x1a\n\0",
+    }
+    for name, content in odd.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stats.jsonl").write_bytes(content)
+    said = "stats.jsonl: line 1: expected an object with the numbers step, images, loss, got"
     for runs, message in (
         ([], "--runs: expected folders"),
         (["--runs", str(tmp_path)], "expected a stats.jsonl"),
+        *((["--runs", str(tmp_path / name)], said) for name in odd),
     ):
         assert main(["viz", "loss", *runs, "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
@@ -169,8 +180,16 @@ def test_wrong_input(fails: Any) -> None:
     for arguments, message in (
         (("--out", "a.jpg"), "--out: expected a .png in a folder that exists, got 'a.jpg'"),
         (("--out", "no/a.png"), "--out: expected a .png in a folder that exists"),
+        (("--out", "/proc/a.png"), "--out: '/proc' cannot be written to: "),
+        (("--class", "99"), "--class: expected one of the 9 classes, got 99"),
+        (("--class", "-1"), "--class: expected one of the 9 classes, got -1"),
+        (("--steps", "2", "--moments", "3"), "--moments: expected at most --steps 2, got 3"),
+        (("--moments", "0"), "--moments: expected a number of at least 1, got '0'"),
+        (("--steps", "0"), "--steps: expected a number of at least 1, got '0'"),
     ):
-        assert message in fails("viz", "attention", "--preset", "diffit_emoji_32", *arguments)
+        out = () if "--out" in arguments else ("--out", "a.png")
+        given = ("--preset", "diffit_emoji_32", *arguments, *out)
+        assert message in fails("viz", "attention", *given)
 
 
 def test_wrong_layers_and_heads(tmp_path: Path, capsys: Any) -> None:
