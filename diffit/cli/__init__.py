@@ -86,7 +86,7 @@ def _quiet_libraries() -> None:
     """No advice and no retries of the hub's libraries: what fails is told in one line."""
     for variable in ("HF_HUB_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")  # read when they are imported
-    warnings.filterwarnings("ignore", module="huggingface_hub")
+    warnings.filterwarnings("ignore", module="huggingface_hub|diffusers")
 
 
 def _one_line(error: Exception) -> str:

@@ -223,7 +223,7 @@ def _arrays(path: Path) -> Source:
             labels = arrays.get("arr_1")
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected arr_0 (N, H, W, 3), uint8: {error}") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(
             f"{path}: arr_0: expected (N, H, W, 3), uint8, got {images.shape}, {images.dtype}"
         )

@@ -42,13 +42,13 @@ class LatentCodec(nn.Module):
 
         Raises:
             ImportError: diffusers is missing.
-            OSError: there is no autoencoder at that place, or no way to it.
+            OSError: there is no whole autoencoder at that place, or no way to it.
         """
         autoencoder = import_extra("diffusers", "latent").AutoencoderKL
         options.setdefault("low_cpu_mem_usage", False)  # it would need accelerate
         try:
             return cls(autoencoder.from_pretrained(os.fspath(source), **options))
-        except OSError as error:
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise OSError(f"found no autoencoder at {str(source)!r}: {reason}") from error
 

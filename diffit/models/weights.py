@@ -92,12 +92,12 @@ class Pretrained(
             if name in expected:
                 like = next(iter(state.values()), torch.empty(0))
                 state[name] = nn.init.normal_(like.new_empty(expected[name]), std=0.02)
+        _require_keys(path, expected, {name: tuple(value.shape) for name, value in state.items()})
         if renewed:
             warnings.warn(
                 f"{path}: another number of classes, so these start anew: {', '.join(renewed)}",
                 stacklevel=3,
             )
-        _require_keys(path, expected, {name: tuple(value.shape) for name, value in state.items()})
         model.load_state_dict(state, assign=True)
         return model.eval()
 

@@ -278,6 +278,7 @@ def wrong_sources(tmp_path: Path) -> dict[str, str]:
     np.savez(tmp_path / "labels.npz", images, np.array([0]))
     np.savez(tmp_path / "negative.npz", images, np.array([0, -1]))
     np.savez(tmp_path / "one.npz", images, 0)
+    np.savez(tmp_path / "flat.npz", images[:, :0])
     np.save(tmp_path / "array.npy", images)
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
@@ -301,6 +302,7 @@ def wrong_sources(tmp_path: Path) -> dict[str, str]:
         "unnamed.npz": r"expected arr_0 \(N, H, W, 3\), uint8",
         "labels.npz": "arr_1: expected 2 classes of 0 and more",
         "negative.npz": "arr_1: expected 2 classes of 0 and more",
+        "flat.npz": r"arr_0: expected \(N, H, W, 3\), uint8, got \(2, 0, 4, 3\)",
         "one.npz": "arr_1: expected 2 classes of 0 and more",
         "array.npz": r"array.npz: expected arr_0 \(N, H, W, 3\), uint8",
         "cut.npz": "expected arr_0",

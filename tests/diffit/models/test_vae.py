@@ -91,6 +91,11 @@ def test_wrong_input(tmp_path: Path) -> None:
         codec.decode(torch.zeros(2, 8, 3, 5))
     with pytest.raises(OSError, match=r"^found no autoencoder at '.*config\.json.*$"):
         LatentCodec.from_pretrained(tmp_path)
+    codec.save_pretrained(tmp_path)
+    for config in ('{"block_out_channels": 3}', '{"latent_channels": 8}', "{"):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(OSError, match=rf"^found no autoencoder at '{tmp_path}': [^\n]+$"):
+            LatentCodec.from_pretrained(tmp_path)
 
 
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

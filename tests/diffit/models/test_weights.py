@@ -224,13 +224,16 @@ IMAGE = {"network": "ImageDiffiT"}
         (IMAGE | {"config": {"channels": 3}}, "makes no ImageDiffiT: "),
         (IMAGE | {"config": {"channels": []}}, "makes no ImageDiffiT: "),
         (IMAGE | {"config": {"head_dim": 0}}, "makes no ImageDiffiT: "),
-        (IMAGE | {"config": {}}, r"does not fit the network: missing "),
+        (IMAGE | {"config": {"label_dim": 3}}, r"does not fit the network: missing "),
     ],
 )
 def test_odd_metadata(tmp_path: Path, note: dict[str, Any], message: str) -> None:
     file = tmp_path / "a.safetensors"
     save_file({}, file, {"diffit": json.dumps(note)})
-    with pytest.raises(ValueError, match=rf"^{file}: .*{message}"):
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(ValueError, match=rf"^{file}: .*{message}"),
+    ):
         load_model(file)
 
 
