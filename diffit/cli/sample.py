@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from diffit.models import Sampling
     from diffit.ranks import Ranks
 
-SEEDS = "0"
 HELP = "sample pictures: a grid, single PNGs, or an npz for evaluators"
+SEEDS = "0"
 STEPS = {"edm": 18, "ddpm": 250, "ddim": 50, "dpm++": 25}  # where they are not the preset's
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -208,7 +208,9 @@ def _sampling(arguments: argparse.Namespace, preset: str) -> Sampling:
     if arguments.guidance_interval:
         low, high = arguments.guidance_interval
         if low > high:
-            raise ValueError(f"--guidance-interval: expected LOW HIGH, got {low:g} {high:g}")
+            raise ValueError(
+                f"--guidance-interval: expected LOW of at most HIGH, got {low:g} {high:g}"
+            )
         if scale == 1:
             raise ValueError("--guidance-interval: expected --guidance SCALE with it")
     return replace(known, sampler=sampler, steps=arguments.steps or steps, guidance_scale=scale)

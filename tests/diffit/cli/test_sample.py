@@ -263,7 +263,7 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:
         (("--preset", PRESET, "--guidance-interval", "0", "1"), "expected --guidance SCALE"),
         (
             ("--preset", PRESET, "--guidance", "2", "--guidance-interval", "5", "1"),
-            "--guidance-interval: expected LOW HIGH, got 5 1",
+            "--guidance-interval: expected LOW of at most HIGH, got 5 1",
         ),
         (("--preset", "diffit_cifar10_32", "--guidance", "2"), "has no classes to guide by"),
         (("--preset", PRESET, "--out", "a.jpg"), "ends in .png or .npz"),
