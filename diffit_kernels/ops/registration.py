@@ -69,12 +69,16 @@ class Operator:
         setup_context: Callable[..., None] | None = None,
     ) -> None:
         """The gradient, as in ``torch.library.register_autograd``; None: asking for it raises."""
-        name, overload = self.name, self.overload
+        name = self.name
 
         def no_derivative(ctx: Any, *grads: Tensor) -> Any:
             raise RuntimeError(f"diffit::{name} has no derivative: gradients are of first order")
 
-        def recorded(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+            def compute(*args: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return function(*args)
+
             def forward(ctx: Any, *args: Any) -> Any:
                 result = compute(*args)
                 if setup_context is not None:
@@ -99,12 +103,8 @@ class Operator:
 
             return autograd
 
-        def below_autograd(*args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload(*args)
-
         self._recorded = recorded(self._function)
-        _LIBRARY.impl(name, recorded(below_autograd), "Autograd")
+        _LIBRARY.impl(name, recorded(self.overload), "Autograd")
 
     def register_autocast(self, keep: tuple[int, ...] = ()) -> None:
         """Cast floating inputs to autocast's dtype, except at the positions in ``keep``.
