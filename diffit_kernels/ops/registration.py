@@ -53,10 +53,12 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """The results of ``torch.ops.diffit.NAME(*args)``."""
-        if torch.compiler.is_compiling() or not (_is_plain_thread() and _are_plain(args)):
+        if torch.compiler.is_compiling():
             return self.overload(*args)
-        below_autograd = torch._C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD
-        return (self._function if below_autograd else self._recorded)(*args)
+        excluded = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+        if not (_is_plain_thread(excluded) and _are_plain(args)):
+            return self.overload(*args)
+        return (self._function if excluded & _AUTOGRAD else self._recorded)(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """The shapes and strides of the results, for tensors without data."""
@@ -134,10 +136,9 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda function: Operator(name, function)
 
 
-def _is_plain_thread() -> bool:
-    """Whether this thread has nothing to do in the dispatcher."""
+def _is_plain_thread(excluded: int) -> bool:
+    """Whether this thread, which excludes these keys, has nothing to do in the dispatcher."""
     included = torch._C._dispatch_tls_local_include_set().raw_repr()
-    excluded = torch._C._dispatch_tls_local_exclude_set().raw_repr()
     return not (
         included & ~_PLAIN_THREAD
         or _AUTOCAST & ~excluded

@@ -18,6 +18,7 @@ from diffit_kernels.problem import (
     require_floating,
     require_like,
     require_shape,
+    require_tensor,
 )
 
 _INTEGER = (int, torch.SymInt)
@@ -63,7 +64,7 @@ def window_attention(
         ValueError: a shape, window, grid or scale that does not fit.
         RuntimeError: the backend chosen by ``use_backend`` cannot run this call.
     """
-    require_floating("qkv", qkv)
+    require_tensor("qkv", qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv: expected (B, L, 3C), got shape {tuple(qkv.shape)}")
     if not isinstance(num_heads, int):
