@@ -56,7 +56,8 @@ void window_attention_backward(const Shape& shape, double scale, Address qkv,
                                int64_t qkv_stride_batch, int64_t qkv_stride_token, Address table,
                                Address q_row, int64_t row_stride_batch, Address grad_out,
                                int64_t grad_out_stride_batch, int64_t grad_out_stride_token,
-                               Address grad_qkv, Address grad_table) {
+                               Address grad_qkv, Address grad_table, Address grad_q_row,
+                               Address grad_v_row) {
     diffit::WindowAttention p = problem(shape, scale);
     p.qkv = pointer<void>(qkv);
     p.qkv_stride_batch = qkv_stride_batch;
@@ -69,6 +70,8 @@ void window_attention_backward(const Shape& shape, double scale, Address qkv,
     p.grad_out_stride_token = grad_out_stride_token;
     p.grad_qkv = pointer<void>(grad_qkv);
     p.grad_table = pointer<float>(grad_table);
+    p.grad_q_row = pointer<float>(grad_q_row);
+    p.grad_v_row = pointer<float>(grad_v_row);
     diffit::window_attention_backward(p, static_cast<int>(shape[8]));
 }
 
@@ -131,20 +134,6 @@ void add_layer_norm_backward(const NormShape& shape, double eps, Address grad_s,
     diffit::add_layer_norm_backward(p, static_cast<int>(shape[4]));
 }
 
-void token_sum(int64_t batch, int64_t tokens, int64_t columns, int64_t dtype, int64_t threads,
-               Address x, int64_t stride_batch, int64_t stride_token, Address out) {
-    diffit::TokenSum t{};
-    t.batch = batch;
-    t.tokens = tokens;
-    t.columns = columns;
-    t.dtype = static_cast<diffit::DType>(dtype);
-    t.x = pointer<void>(x);
-    t.stride_batch = stride_batch;
-    t.stride_token = stride_token;
-    t.out = pointer<void>(out);
-    diffit::token_sum(t, static_cast<int>(threads));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -159,5 +148,4 @@ PYBIND11_MODULE(_native, m) {
     m.def("bias_gelu_backward", bias_gelu_backward, release);
     m.def("add_layer_norm", add_layer_norm, release);
     m.def("add_layer_norm_backward", add_layer_norm_backward, release);
-    m.def("token_sum", token_sum, release);
 }

@@ -171,6 +171,30 @@ void expand_bias(WindowAttention& p, int threads) {
     p.bias = bias;
 }
 
+void sum_table(const WindowAttention& p) {
+    const int64_t rows = p.table_rows(), size = p.heads * rows;
+    std::vector<double> total(size);
+    for (int64_t c = 0; c < p.chunks(); ++c)
+        for (int64_t i = 0; i < size; ++i) total[i] += p.grad_table_part[c * size + i];
+    for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t r = 0; r < rows; ++r)
+            p.grad_table[r * p.heads + h] = static_cast<float>(total[h * rows + r]);
+}
+
+// The parts of a sample come from the chunks that have windows of it. From window to window chunk and
+// sample stay or grow by one, so that no two pairs of them have the same sum, their place.
+void sum_rows(const WindowAttention& p, const double* part, float* grad) {
+    const int64_t per_sample = p.windows() / p.batch, dim = p.dim();
+    std::vector<double> total(dim);
+    for (int64_t s = 0; s < p.batch; ++s) {
+        const int64_t first = s * per_sample / p.chunk, last = ((s + 1) * per_sample - 1) / p.chunk;
+        std::fill(total.begin(), total.end(), 0.0);
+        for (int64_t c = first; c <= last; ++c)
+            for (int64_t i = 0; i < dim; ++i) total[i] += part[(c + s) * 2 * dim + i];
+        std::copy(total.begin(), total.end(), grad + s * dim);
+    }
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -205,19 +229,15 @@ void window_attention_backward(WindowAttention p, int threads) {
     const Kernels& k = kernels(p.dtype);
     cut(p);
     expand_bias(p, threads);
-    std::vector<double> part(p.grad_table ? p.chunks() * p.heads * p.table_rows() : 0);
-    p.grad_table_part = part.data();
+    std::vector<double> table_part(p.grad_table ? p.chunks() * p.heads * p.table_rows() : 0);
+    std::vector<double> rows_part((p.chunks() + p.batch) * 2 * p.dim());
+    p.grad_table_part = table_part.data();
+    p.grad_rows_part = rows_part.data();
     for_each_item(k, p.items(), k.backward_scratch(p), threads,
                   [&](int64_t item, char* scratch) { k.backward(p, item, scratch); });
-    if (!p.grad_table) return;
-    const int64_t rows = p.table_rows();
-    for (int64_t h = 0; h < p.heads; ++h) {
-        for (int64_t r = 0; r < rows; ++r) {
-            double sum = 0;
-            for (int64_t c = 0; c < p.chunks(); ++c) sum += part[(c * p.heads + h) * rows + r];
-            p.grad_table[r * p.heads + h] = static_cast<float>(sum);
-        }
-    }
+    if (p.grad_table) sum_table(p);
+    if (p.grad_q_row) sum_rows(p, p.grad_rows_part, p.grad_q_row);
+    if (p.grad_v_row) sum_rows(p, p.grad_rows_part + p.dim(), p.grad_v_row);
 }
 
 void bias_gelu(BiasGelu g, int threads) {
@@ -251,12 +271,6 @@ void add_layer_norm_backward(AddLayerNorm p, int threads) {
     p.chunk = std::max<int64_t>(1, 16384 / p.features);
     for_each_item(kernels(p.y_dtype), p.chunks(), 0, threads,
                   [&](int64_t item, char* scratch) { kernel(p, item, scratch); });
-}
-
-void token_sum(const TokenSum& t, int threads) {
-    const Kernels& k = kernels(t.dtype);
-    for_each_item(k, k.token_sum_items(t), 0, threads,
-                  [&](int64_t item, char*) { k.token_sum(t, item); });
 }
 
 }  // namespace diffit

@@ -20,6 +20,5 @@ void bias_gelu(BiasGelu problem, int threads);
 void bias_gelu_backward(BiasGelu problem, int threads);
 void add_layer_norm(AddLayerNorm problem, int threads);
 void add_layer_norm_backward(AddLayerNorm problem, int threads);
-void token_sum(const TokenSum& problem, int threads);
 
 }  // namespace diffit

@@ -7,7 +7,6 @@
 
 #include "add_layer_norm.h"
 #include "bias_gelu.h"
-#include "token_sum.h"
 #include "window_attention.h"
 
 namespace diffit {
@@ -30,9 +29,7 @@ constexpr Kernels kernels_of() {
             BiasGeluKernel<T>::forward,
             BiasGeluKernel<T>::backward,
             {AddLayerNormKernel<T, T>::forward, AddLayerNormKernel<float, T>::forward},
-            {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward},
-            TokenSumKernel<T>::items,
-            TokenSumKernel<T>::run};
+            {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward}};
 }
 
 }  // namespace

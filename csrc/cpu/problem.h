@@ -28,11 +28,13 @@ struct WindowAttention {
     int64_t grad_out_stride_batch, grad_out_stride_token;
     void* grad_qkv;     // (B, L, 3C)
     float* grad_table;  // as table, or null
+    float *grad_q_row, *grad_v_row;  // (B, C), or null
 
     // Filled in by the dispatcher.
     const float* bias;       // expanded bias, see expand_bias
     int64_t bias_stride;     // from head to head
     double* grad_table_part;  // (chunks, heads, table rows), or null
+    double* grad_rows_part;   // (chunks + batch, 2, C): of q_row and v_row, by chunk + sample
     int64_t chunk, group;    // windows and heads in one item of work
 
     int64_t tokens() const { return height * width; }
@@ -76,15 +78,6 @@ struct AddLayerNorm {
     int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 };
 
-// out (B, columns) = sum over tokens of x (B, tokens, columns), last stride 1.
-struct TokenSum {
-    int64_t batch, tokens, columns;
-    DType dtype;
-    const void* x;
-    int64_t stride_batch, stride_token;
-    void* out;
-};
-
 // The kernels of one instruction set and dtype. A thread calls enter, any number of kernels, leave.
 struct Kernels {
     void (*enter)();
@@ -98,8 +91,6 @@ struct Kernels {
     // For x of the dtype of y, and of float32.
     void (*add_layer_norm[2])(const AddLayerNorm&, int64_t item, char* scratch);
     void (*add_layer_norm_backward[2])(const AddLayerNorm&, int64_t item, char* scratch);
-    int64_t (*token_sum_items)(const TokenSum&);
-    void (*token_sum)(const TokenSum&, int64_t item);
 };
 
 struct InstructionSet {

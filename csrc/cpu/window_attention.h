@@ -162,6 +162,21 @@ struct Forward {
     }
 };
 
+// sums[c] += scale * (the sum of the rows)[c] for c < d. Only four rows at a time are added in single
+// precision; to convert each of them would cost more than the sum.
+template <class U>
+inline void add_rows(double* sums, const U* x, int stride, int rows, double scale, int d) {
+    for (int c = 0; c < d; c += W) {
+        const auto row = [&](int r) { return load(x + r * stride + c); };
+        vd sum = {};
+        int r = 0;
+        for (; r + 4 <= rows; r += 4)
+            sum += __builtin_convertvector((row(r) + row(r + 1)) + (row(r + 2) + row(r + 3)), vd);
+        for (; r < rows; ++r) sum += __builtin_convertvector(row(r), vd);
+        for (int i = 0; i < W && c + i < d; ++i) sums[c + i] += scale * sum[i];
+    }
+}
+
 template <class E, class T>
 struct Backward {
     static constexpr int NQ = block_of<E>;
@@ -202,19 +217,20 @@ struct Backward {
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Backward b(p, scratch);
         b.o.layout.fill(p);
+        const int64_t chunk = item / (p.heads / p.group);
         int64_t windows = 0;
         for_each_window(p, item, [&](const Group& group) {
+            double* rows = p.grad_rows_part + (chunk + group.sample) * 2 * p.dim() + group.column;
             b.o.template pack<T>(p, b.s, group);
             b.pack_grads(p, group);
             Ahead ahead(static_cast<int>(p.group), (b.s.M + NQ - 1) / NQ);
-            for (int64_t h = 0; h < p.group; ++h) b.run(p, group, h, ahead);
+            for (int64_t h = 0; h < p.group; ++h) b.run(p, group, h, ahead, rows + h * b.s.d);
             if (p.grad_table && ++windows % 4 == 0) b.flush_bias();
         });
         if (!p.grad_table) return;
         b.flush_bias();
-        const int64_t groups = p.heads / p.group;
-        b.fold_bias(p, p.grad_table_part + item / groups * p.heads * p.table_rows(),
-                    item % groups * p.group);
+        b.fold_bias(p, p.grad_table_part + chunk * p.heads * p.table_rows(),
+                    item % (p.heads / p.group) * p.group);
     }
 
     void pack_grads(const WindowAttention& p, const Group& group) const {
@@ -223,7 +239,8 @@ struct Backward {
             grads.copy(r, grad + o.layout.token[r] * p.grad_out_stride_token, p.group, s.d);
     }
 
-    void run(const WindowAttention& p, const Group& group, int64_t h, Ahead& ahead) {
+    void run(const WindowAttention& p, const Group& group, int64_t h, Ahead& ahead,
+             double* grad_rows) {
         const int64_t head = group.head + h, dim = p.dim(), *tokens = o.layout.token;
         const Group next = group.next(p);
         const T* next_q = next.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
@@ -237,6 +254,9 @@ struct Backward {
         columns_as_a<E>(keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, o.spare);
         std::memset(grad_keys, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
         std::memset(grad_values, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
+        // Probabilities sum to 1, so what v_row was added to passes its gradient on as it is.
+        if (p.grad_v_row)
+            add_rows(grad_rows + dim, packed(grads.head(h)), s.d_pad, s.M, 1.0, s.d);
 
         for (int first = 0; first < s.M; first += NQ) {
             const int count = s.M - first < NQ ? s.M - first : NQ;
@@ -281,6 +301,8 @@ struct Backward {
             E::template gemm<false>(s.d_rows, lanes, s.m_k, keys_t, s.m_pad, grad_logits_b, NQ,
                                     o.result, NQ);
             transpose(o.result, NQ, o.transposed, s.d_pad, columns, lanes);
+            if (p.grad_q_row)
+                add_rows(grad_rows, o.transposed, s.d_pad, count, p.scale, s.d);
             for (int r = 0; r < count; ++r)
                 convert_row(grad_q + tokens[first + r] * 3 * dim, o.transposed + r * s.d_pad,
                             nullptr, p.scale, s.d);

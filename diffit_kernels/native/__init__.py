@@ -149,6 +149,10 @@ def window_attention_backward(
     q_row, _, row_stride = equally_spaced(q_row, None)
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     grad_table = None if rel_pos_table is None else torch.empty_like(rel_pos_table)
+    grad_q_row, grad_v_row = (
+        None if row is None else row.new_empty(problem.batch, problem.dim, dtype=torch.float32)
+        for row in (q_row, v_row)
+    )
     _module.window_attention_backward(
         _shape(problem),
         scale,
@@ -163,25 +167,13 @@ def window_attention_backward(
         grad_out.stride(1),
         grad_qkv.data_ptr(),
         _pointer(grad_table),
+        _pointer(grad_q_row),
+        _pointer(grad_v_row),
     )
-    grad_q_row = None if q_row is None else _token_sum(grad_qkv[..., : problem.dim])
-    grad_v_row = None if v_row is None else _token_sum(grad_out)
+    grad_q_row, grad_v_row = (
+        None if grad is None else grad.to(problem.dtype) for grad in (grad_q_row, grad_v_row)
+    )
     return grad_qkv, grad_table, grad_q_row, grad_v_row
-
-
-def _token_sum(x: Tensor) -> Tensor:
-    """(B, L, C), last stride 1 -> (B, C)."""
-    out = x.new_empty(x.shape[0], x.shape[2])
-    _module.token_sum(
-        *x.shape,
-        _DTYPES[x.dtype],
-        torch.get_num_threads(),
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        out.data_ptr(),
-    )
-    return out
 
 
 def mlp(
