@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from diffit.extras import import_extra
 from diffit.models import LatentDiffiT
-from diffit_kernels import tmsa
+from diffit.nn.fusible import are_fusible
+from diffit_kernels import tmsa, window_attention
 
 
 class TMSAAttnProcessor(nn.Module):
@@ -91,22 +93,31 @@ class TMSAAttnProcessor(nn.Module):
             x = x.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        weight, bias = _packed(attn)
-        x = tmsa(
-            x,
-            temb,
-            weight,
-            bias,
-            self.qkv_temb.weight,
-            self.qkv_temb.bias,
-            self.relative_position_bias_table,
-            attn.to_out[0].weight,
-            attn.to_out[0].bias,
-            num_heads=attn.heads,
-            window_size=self.window_size,
-            grid_size=grid,  # type: ignore[arg-type]
-            scale=attn.scale,
-        )
+        projections, out = _projections(attn), attn.to_out[0]
+        options = {
+            "num_heads": attn.heads,
+            "window_size": self.window_size,
+            "grid_size": grid,
+            "scale": attn.scale,
+        }
+        if are_fusible(*projections, out, self.qkv_temb):
+            x = tmsa(
+                x,
+                temb,
+                *_packed(projections),
+                self.qkv_temb.weight,
+                self.qkv_temb.bias,
+                self.relative_position_bias_table,
+                out.weight,
+                out.bias,
+                **options,
+            )
+        else:
+            row = None if temb is None else self.qkv_temb(temb)
+            q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
+            qkv = torch.cat([layer(x) for layer in projections], dim=-1)
+            table = self.relative_position_bias_table
+            x = out(window_attention(qkv, table, q_row=q_row, v_row=v_row, **options))
         x = attn.to_out[1](x)
         if grid is not None:
             x = x.transpose(1, 2).unflatten(2, grid)
@@ -115,12 +126,18 @@ class TMSAAttnProcessor(nn.Module):
         return x / attn.rescale_output_factor
 
 
-def _packed(attn: Any) -> tuple[Tensor, Tensor | None]:
-    """(3C, C) and (3C,): the layer's own after ``fuse_projections``, else put together."""
+def _projections(attn: Any) -> tuple[nn.Module, ...]:
+    """Those of q, k and v: one after ``fuse_projections``, else three."""
     if getattr(attn, "fused_projections", False):
-        return attn.to_qkv.weight, attn.to_qkv.bias
-    layers = (attn.to_q, attn.to_k, attn.to_v)
-    bias = None if attn.to_q.bias is None else torch.cat([layer.bias for layer in layers])
+        return (attn.to_qkv,)
+    return attn.to_q, attn.to_k, attn.to_v
+
+
+def _packed(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight (3C, C) and bias (3C,) of the layers as one."""
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].bias
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return torch.cat([layer.weight for layer in layers]), bias
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from diffit.nn.fusible import are_fusible
 from diffit_kernels import window_attention
 
 _logger = logging.getLogger(__name__)
@@ -80,16 +81,19 @@ class SwinWindowAttention(nn.Module):
         return torch.cat(parts, dim=1).index_select(1, split.order).flatten(0, 1)
 
     def _fused(self, x: Tensor) -> Tensor:
-        bias = self.qkv.bias
-        row = None if bias is None else bias.expand(x.shape[0], -1)
-        channels = self.proj.in_features
+        q_row = v_row = None
+        if are_fusible(self.qkv) and self.qkv.bias is not None:
+            qkv = linear(x, self.qkv.weight)
+            q_row, _, v_row = self.qkv.bias.expand(x.shape[0], -1).chunk(3, dim=1)
+        else:
+            qkv = self.qkv(x)
         out = window_attention(
-            linear(x, self.qkv.weight),
+            qkv,
             self.relative_position_bias_table,
             num_heads=self.num_heads,
             window_size=self.window_size,
-            q_row=None if row is None else row[:, :channels],
-            v_row=None if row is None else row[:, 2 * channels :],
+            q_row=q_row,
+            v_row=v_row,
             scale=self.scale,
         )
         return self.proj_drop(self.proj(out))
@@ -181,7 +185,4 @@ def _why_not(layer: nn.Module) -> str | None:
         return f"{path} has cosine attention"
     if path != "timm.models.swin_transformer.WindowAttention":
         return f"{path} is not timm.models.swin_transformer.WindowAttention"
-    for part in ("qkv", "proj"):
-        if type(getattr(layer, part)) is not nn.Linear:
-            return f"its {part} is no torch.nn.Linear but {type(getattr(layer, part)).__qualname__}"
     return None

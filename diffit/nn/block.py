@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from diffit.nn.fusible import are_fusible
 from diffit.nn.tmsa import TMSA
 from diffit_kernels import add_layer_norm, layer_norm, mlp
 
@@ -30,8 +31,11 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Dropout after both layers, as in timm; without it the fused operator runs."""
-        if self.training and self.drop.p > 0:
+        """Dropout after both layers, as in timm; without it the fused operator runs.
+
+        Layers that are more than their parameters, with an adapter or a hook, are called instead.
+        """
+        if (self.training and self.drop.p > 0) or not are_fusible(self.fc1, self.fc2):
             hidden = self.drop(gelu(self.fc1(x), approximate="tanh"))
             y = self.drop(self.fc2(hidden))
             return y if residual is None else residual + y
@@ -99,6 +103,17 @@ class DiffiTBlock(nn.Module):
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C); ``row`` and ``grid_size`` as in ``TMSA``."""
         self.attn.check(x, temb, row)
-        attention = self.attn(layer_norm(x, self.norm1.eps), temb, row=row, grid_size=grid_size)
-        x, normed = add_layer_norm(x, attention, self.norm2.eps)
+        attention = self.attn(self.normed(x), temb, row=row, grid_size=grid_size)
+        x, normed = self.add_normed(x, attention)
         return self.mlp(normed, residual=x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """``norm1(x)``."""
+        return layer_norm(x, self.norm1.eps) if are_fusible(self.norm1) else self.norm1(x)
+
+    def add_normed(self, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of both, and ``norm2`` of it."""
+        if are_fusible(self.norm2):
+            return add_layer_norm(x, attention, self.norm2.eps)
+        x = x + attention
+        return x, self.norm2(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffit.nn.block import DiffiTBlock
-from diffit_kernels import add_layer_norm, layer_norm, relative_position_index
+from diffit_kernels import relative_position_index
 from diffit_kernels.ops.window_attention import as_grid
 from diffit_kernels.problem import WindowAttentionProblem
 from diffit_kernels.reference.window_attention import partition, unpartition
@@ -48,8 +48,8 @@ class TimeMLPBlock(DiffiTBlock):
         self, x: Tensor, temb: Tensor, *, grid_size: tuple[int, int] | None = None
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C)."""
-        attention = self.attn(layer_norm(x, self.norm1.eps), grid_size=grid_size)
-        x, normed = add_layer_norm(x, attention, self.norm2.eps)
+        attention = self.attn(self.normed(x), grid_size=grid_size)
+        x, normed = self.add_normed(x, attention)
         return x + self.mlp(normed + self.mlp_temb(temb)[:, None])
 
 
@@ -65,9 +65,9 @@ class AdaptiveScaleBlock(DiffiTBlock):
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C)."""
         rows = self.scale_temb(temb)[:, None].chunk(4, dim=-1)
-        normed = layer_norm(x, self.norm1.eps)
+        normed = self.normed(x)
         attention = self.attn(normed * (1 + rows[0]) + rows[1], grid_size=grid_size)
-        x, normed = add_layer_norm(x, attention, self.norm2.eps)
+        x, normed = self.add_normed(x, attention)
         return x + self.mlp(normed * (1 + rows[2]) + rows[3])
 
 
@@ -96,7 +96,7 @@ class TimeBiasBlock(DiffiTBlock):
         index = relative_position_index(attn.window_size).to(x.device)
         bias = table[:, index].permute(0, 3, 1, 2)[:, None]  # (B, 1, heads, M, M)
 
-        qkv = attn.qkv(layer_norm(x, self.norm1.eps))
+        qkv = attn.qkv(self.normed(x))
         grid = as_grid(grid_size, x.shape[1], attn.window_size)
         problem = WindowAttentionProblem.from_tensors(
             qkv, None, None, None, attn.num_heads, attn.window_size, grid, attn.scale
@@ -104,7 +104,7 @@ class TimeBiasBlock(DiffiTBlock):
         q, k, v = partition(problem, qkv, 3)  # (B, windows, heads, M, head_dim)
         out = scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=attn.scale)
         attention = attn.proj_drop(attn.proj(unpartition(problem, out[None])))
-        x, normed = add_layer_norm(x, attention, self.norm2.eps)
+        x, normed = self.add_normed(x, attention)
         return x + self.mlp(normed)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffit_kernels import relative_position_index, tmsa
+from diffit.nn.fusible import are_fusible
+from diffit_kernels import relative_position_index, tmsa, window_attention
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.window_attention import as_grid, as_pair
 from diffit_kernels.problem import WindowAttentionProblem, require_like, require_shape
@@ -33,7 +34,8 @@ class TMSA(nn.Module):
         device, dtype: of the parameters.
 
     The fused operator runs wherever the algebra holds. Active attention dropout, a time token
-    per position and ``return_attention`` take the plain formula, with the same result.
+    per position and ``return_attention`` take the plain formula, with the same result. Projections
+    that are more than their parameters, with an adapter or a hook, are called.
     """
 
     relative_position_bias_table: Tensor | None
@@ -122,44 +124,53 @@ class TMSA(nn.Module):
             temb = temb[:, 0]
         per_position = temb is not None and temb.dim() == 3
         dropping = self.training and self.attn_drop.p > 0
-        if return_attention or dropping or per_position:
-            out, attention = self._plain(x, temb, row, grid_size)
-            out = self.proj_drop(out)
-            return (out, attention) if return_attention else out
-        token = None if temb is None else self.qkv_temb
-        out = tmsa(
-            x,
-            temb,
-            self.qkv.weight,
-            self.qkv.bias,
-            None if token is None else token.weight,
-            None if token is None else token.bias,
-            self.relative_position_bias_table,
-            self.proj.weight,
-            self.proj.bias,
-            num_heads=self.num_heads,
-            window_size=self.window_size,
-            grid_size=grid_size,
-            scale=self.scale,
-            row=row,
-        )
-        return self.proj_drop(out)
+        fused = not (return_attention or dropping or per_position)
+        if fused and are_fusible(self.qkv, self.qkv_temb, self.proj):
+            token = None if temb is None else self.qkv_temb
+            out = tmsa(
+                x,
+                temb,
+                self.qkv.weight,
+                self.qkv.bias,
+                None if token is None else token.weight,
+                None if token is None else token.bias,
+                self.relative_position_bias_table,
+                self.proj.weight,
+                self.proj.bias,
+                num_heads=self.num_heads,
+                window_size=self.window_size,
+                grid_size=grid_size,
+                scale=self.scale,
+                row=row,
+            )
+            return self.proj_drop(out)
 
-    def _plain(
-        self,
-        x: Tensor,
-        temb: Tensor | None,
-        row: Tensor | None,
-        grid_size: tuple[int, int] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The formula as written, with its (B, windows, heads, M, M) probabilities."""
         qkv = self.qkv(x)
         if temb is not None and self.qkv_temb is not None:
             row = self.qkv_temb(temb)
+        if row is not None and not per_position:
+            row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)
+        if fused:
+            q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
+            out = window_attention(
+                qkv,
+                self.relative_position_bias_table,
+                num_heads=self.num_heads,
+                window_size=self.window_size,
+                grid_size=grid_size,
+                q_row=q_row,
+                v_row=v_row,
+                scale=self.scale,
+            )
+            return self.proj_drop(self.proj(out))
         if row is not None:
-            if row.dim() == 2:
-                row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)[:, None]
-            qkv = qkv + row
+            qkv = qkv + (row if per_position else row[:, None])
+        out, attention = self._attend(qkv, grid_size)
+        out = self.proj_drop(self.proj(out))
+        return (out, attention) if return_attention else out
+
+    def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        """The formula as written, with its (B * windows, heads, M, M) probabilities."""
         problem = WindowAttentionProblem.from_tensors(
             qkv,
             None,
@@ -167,17 +178,17 @@ class TMSA(nn.Module):
             None,
             self.num_heads,
             self.window_size,
-            as_grid(grid_size, x.shape[1], self.window_size),
+            as_grid(grid_size, qkv.shape[1], self.window_size),
             self.scale,
         )
         q, k, v = partition(problem, qkv, 3)
         logits = (q @ k.transpose(-1, -2)) * self.scale
         if self.relative_position_bias_table is not None:
-            index = relative_position_index(self.window_size).to(x.device)
+            index = relative_position_index(self.window_size).to(qkv.device)
             bias = self.relative_position_bias_table[index].permute(2, 0, 1)
             logits = logits + bias.to(logits.dtype)
         attention = self.softmax(logits)
-        out = self.proj(unpartition(problem, (self.attn_drop(attention) @ v)[None]))
+        out = unpartition(problem, (self.attn_drop(attention) @ v)[None])
         return out, attention.flatten(0, 1)
 
     def check(self, x: Tensor, temb: Tensor | None, row: Tensor | None = None) -> None:
@@ -187,11 +198,12 @@ class TMSA(nn.Module):
                 f"x: expected (B, L, {self.dim}) with at least one sample, "
                 f"got shape {tuple(x.shape)}"
             )
-        weight = self.qkv.weight
-        cast = autocast.is_active(weight)
-        for name, tensor in (("x", x), ("temb", temb), ("row", row)):
-            if tensor is not None:
-                require_like(name, tensor, tensor.dtype if cast else weight.dtype, weight)
+        if are_fusible(self.qkv):
+            weight = self.qkv.weight
+            cast = autocast.is_active(weight)
+            for name, tensor in (("x", x), ("temb", temb), ("row", row)):
+                if tensor is not None:
+                    require_like(name, tensor, tensor.dtype if cast else weight.dtype, weight)
         if row is not None:
             if temb is not None:
                 raise ValueError("row: it stands in place of temb, got both")

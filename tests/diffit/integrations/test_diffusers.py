@@ -74,8 +74,9 @@ def test_time_reaches_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("layout", ["map", "tokens"])
-def test_equals_its_formula(fused: bool, layout: str) -> None:
-    """Norm, TMSA in windows, residual and factor."""
+@pytest.mark.parametrize("adapted", [False, True])
+def test_equals_its_formula(fused: bool, layout: str, adapted: bool) -> None:
+    """Norm, TMSA in windows, residual and factor; with an adapter in the place of a projection."""
     torch.manual_seed(0)
     attn = Attention(
         16,
@@ -94,6 +95,9 @@ def test_equals_its_formula(fused: bool, layout: str) -> None:
     if fused:
         with torch.no_grad():
             attn.fuse_projections()
+    if adapted:
+        name = "to_qkv" if fused else "to_k"
+        setattr(attn, name, nn.Sequential(getattr(attn, name)))
     x, temb = torch.randn(3, 16, 4, 4).double(), torch.randn(3, 6).double()
     normed = torch.nn.functional.group_norm(
         x, 4, state["group_norm.weight"], state["group_norm.bias"], 1e-5

@@ -124,6 +124,17 @@ def test_block(
     assert_as_timm(model, x, lambda network: network.layers[0].blocks[index])
 
 
+def test_adapted_projections(timm: ModuleType, fastest_backend: str) -> None:
+    """Another module in the place of a ``Linear`` is called."""
+    model = small_swin(timm)
+    for block in model.layers[0].blocks:
+        block.attn.qkv, block.attn.proj = (
+            nn.Sequential(block.attn.qkv),
+            nn.Sequential(block.attn.proj),
+        )
+    assert_as_timm(model, pictures(56, 56), whole)
+
+
 @DTYPES
 @pytest.mark.parametrize(
     ("size", "options"),
@@ -285,13 +296,15 @@ def test_compile(timm: ModuleType, default_algorithms: None, known: bool) -> Non
 
 def test_report(timm: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     model = small_swin(timm)
-    model.layers[1].blocks[0].attn.proj = nn.Sequential(model.layers[1].blocks[0].attn.proj)
+    layer = model.layers[1].blocks[0].attn
+    layer.__class__ = type("OtherAttention", (type(layer),), {"__module__": "other"})
     with caplog.at_level(logging.INFO, "diffit.integrations.timm"):
         accelerate(accelerate(model))
     once = [
         "on the fused window attention: layers.0.blocks.0.attn",
         "on the fused window attention: layers.0.blocks.1.attn",
-        "left alone: layers.1.blocks.0.attn: its proj is no torch.nn.Linear but Sequential",
+        "left alone: layers.1.blocks.0.attn: other.OtherAttention is not "
+        "timm.models.swin_transformer.WindowAttention",
     ]
     assert caplog.messages == 2 * once
 
