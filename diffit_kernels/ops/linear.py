@@ -15,7 +15,8 @@ from diffit_kernels.ops import autocast
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``: (..., K), (N, K), (N,) -> (..., N)."""
     dtype = autocast.dtype_of(x) if autocast.is_active(x) else x.dtype
-    if not products.are_slow(dtype, x.device.type):
+    in_transform = torch._C._are_functorch_transforms_active()  # of functions, as torch.func.grad
+    if in_transform or not products.are_slow(dtype, x.device.type):
         return functional.linear(x, weight, bias)
     bias = None if bias is None else bias.to(dtype)
     return _Linear.apply(x.to(dtype), weight.to(dtype), bias)  # type: ignore[no-untyped-call]

@@ -47,8 +47,9 @@ def mlp(
         # the dtype of residual + y
         residual = residual.to(torch.promote_types(residual.dtype, autocast.dtype_of(x)))
     tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    save_hidden = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
+    save_hidden = torch.is_grad_enabled() and (
+        any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        or torch._C._are_functorch_transforms_active()  # vmap hides what requires a gradient
     )
     y, _ = _forward(*tensors, residual, save_hidden)
     return y

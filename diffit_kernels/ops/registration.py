@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -82,7 +83,11 @@ class Operator:
                     return function(*args)
 
             def forward(ctx: Any, *args: Any) -> Any:
-                result = compute(*args)
+                if torch._C._are_functorch_transforms_active():
+                    with torch.enable_grad():  # for outer transforms, which take their turn inside
+                        result = compute(*args)
+                else:
+                    result = compute(*args)
                 if setup_context is not None:
                     setup_context(ctx, args, result)
                 return result
@@ -94,13 +99,21 @@ class Operator:
                 {key: staticmethod(method) for key, method in methods.items()},
             )
 
+            def record(*args: Any) -> Any:
+                if not torch._C._are_functorch_transforms_active():
+                    return node.apply(*args)
+                # Tensors are those inside the innermost transform already; ``node.apply`` would ask
+                # for rules of all transforms.
+                with enable_single_level_autograd_function():
+                    return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+
             def autograd(*args: Any) -> Any:
                 if forward_ad._current_level >= 0 and _has_tangent(args):
                     raise NotImplementedError(f"diffit::{name} has no forward-mode derivative")
                 if torch.is_grad_enabled():
                     for arg in args:
                         if isinstance(arg, Tensor) and arg.requires_grad:
-                            return node.apply(*args)
+                            return record(*args)
                 return compute(*args)
 
             return autograd

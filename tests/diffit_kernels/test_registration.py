@@ -166,3 +166,70 @@ def test_forward_mode_is_refused(backend: str, requires_grad: bool) -> None:
                 call(*arguments)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(attention, (qkv,), (torch.ones_like(qkv),))
+
+
+# --- transforms of functions: torch.func
+
+# vmap has no rule for these operators: it calls them once for each slice, and says that it is slow.
+slices = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
+def squares(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return call(*tensors).square().sum()
+
+
+def grads_of(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    return torch.autograd.grad(squares(call, *leaves), leaves)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_grad_of_a_function(fastest_backend: str, call: Callable[..., Tensor]) -> None:
+    """Bit by bit that of autograd."""
+    tensors = tuple(CALLS[call]())
+    everything = tuple(range(len(tensors)))
+    got = torch.func.grad(lambda *xs: squares(call, *xs), argnums=everything)(*tensors)
+    for one, other in zip(got, grads_of(call, *tensors), strict=True):
+        assert torch.equal(one, other)
+
+
+@slices
+@pytest.mark.parametrize("call", CALLS)
+def test_grads_of_every_sample(fastest_backend: str, call: Callable[..., Tensor]) -> None:
+    """Three calls in one, every tensor with a dimension of its own."""
+    several = [tuple(CALLS[call]()) for _ in range(3)]
+    stacked = [torch.stack(tensors) for tensors in zip(*several, strict=True)]
+    everything = tuple(range(len(stacked)))
+    one = torch.func.grad(lambda *xs: squares(call, *xs), argnums=everything)
+    for batch in (torch.vmap(one)(*stacked), _grad_of_vmap(call, stacked)):
+        for got, *expected in zip(batch, *(grads_of(call, *xs) for xs in several), strict=True):
+            torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=0)
+
+
+def _grad_of_vmap(call: Callable[..., Tensor], stacked: list[Tensor]) -> tuple[Tensor, ...]:
+    total = lambda *xs: torch.vmap(lambda *slices: squares(call, *slices))(*xs).sum()  # noqa: E731
+    return torch.func.grad(total, argnums=tuple(range(len(stacked))))(*stacked)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_outer_transforms_are_not_lost(fastest_backend: str, call: Callable[..., Tensor]) -> None:
+    """What an inner gradient multiplies has that of the outer; second derivatives are refused."""
+    first, *others = CALLS[call]()
+
+    def product(x: Tensor) -> Tensor:
+        def inner(w: Tensor) -> Tensor:
+            return (call(x, *others) * w).sum()
+
+        return torch.func.grad(inner)(torch.ones_like(call(first, *others))).square().sum()
+
+    torch.testing.assert_close(
+        torch.func.grad(product)(first), grads_of(call, first, *others)[0], rtol=0, atol=0
+    )
+    with pytest.raises(RuntimeError, match="first order"):
+        torch.func.grad(
+            lambda x: torch.func.grad(lambda y: squares(call, y, *others))(x).square().sum()
+        )(first)
+    outside = first.detach().requires_grad_()
+    grad = torch.func.grad(lambda x: squares(call, x, *others))(outside)
+    with pytest.raises(RuntimeError, match="first order"):
+        grad.sum().backward()
