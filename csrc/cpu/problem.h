@@ -34,7 +34,7 @@ struct WindowAttention {
     const float* bias;       // expanded bias, see expand_bias
     int64_t bias_stride;     // from head to head
     double* grad_table_part;  // (chunks, heads, table rows), or null
-    double* grad_rows_part;   // (chunks + batch, 2, C): of q_row and v_row, by chunk + sample
+    double* grad_rows_part;   // (chunks + batch, 2, C), zeros: of q_row and v_row, by chunk + sample
     int64_t chunk, group;    // windows and heads in one item of work
 
     int64_t tokens() const { return height * width; }

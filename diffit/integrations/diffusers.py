@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +115,8 @@ class TMSAAttnProcessor(nn.Module):
             )
         else:
             row = None if temb is None else self.qkv_temb(temb)
+            if row is not None:
+                row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)
             q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
             qkv = torch.cat([layer(x) for layer in projections], dim=-1)
             table = self.relative_position_bias_table
@@ -164,10 +167,12 @@ def add_tmsa(unet: nn.Module, *, window_size: int) -> nn.Module:
     if not layers:
         raise ValueError("unet: expected attention layers, got none")
     for layer in layers:
-        weight = layer.to_q.weight
+        # A quantised layer has no weights of the dtype in which it computes.
+        parameters = chain(layer.parameters(), unet.parameters())
+        weight = next(x for x in parameters if x.is_floating_point())
         layer.set_processor(
             TMSAAttnProcessor(
-                weight.shape[0],
+                layer.inner_dim,
                 layer.heads,
                 temb_dim=temb_dim,
                 window_size=window_size,

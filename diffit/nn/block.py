@@ -35,11 +35,11 @@ class MLP(nn.Module):
 
         Layers that are more than their parameters, with an adapter or a hook, are called instead.
         """
-        if (self.training and self.drop.p > 0) or not are_fusible(self.fc1, self.fc2):
-            hidden = self.drop(gelu(self.fc1(x), approximate="tanh"))
-            y = self.drop(self.fc2(hidden))
-            return y if residual is None else residual + y
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual)
+        fc1, fc2 = self.fc1, self.fc2
+        if are_fusible(fc1, fc2, self.drop) and fc1.bias is not None and fc2.bias is not None:
+            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual)
+        y = self.drop(fc2(self.drop(gelu(fc1(x), approximate="tanh"))))
+        return y if residual is None else residual + y
 
 
 class DiffiTBlock(nn.Module):

@@ -37,7 +37,9 @@ def sincos_positions(grid: int, dim: int) -> Tensor:
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:
-    return next(layer.parameters()).dtype
+    """That of the weights, or of biases where the weights are quantised."""
+    dtypes = (parameter.dtype for parameter in layer.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 class FourierEmbedding(nn.Module):

@@ -123,9 +123,9 @@ class TMSA(nn.Module):
         if temb is not None and temb.dim() == 3 and temb.shape[1] == 1:
             temb = temb[:, 0]
         per_position = temb is not None and temb.dim() == 3
-        dropping = self.training and self.attn_drop.p > 0
-        fused = not (return_attention or dropping or per_position)
-        if fused and are_fusible(self.qkv, self.qkv_temb, self.proj):
+        by_operator = not (return_attention or per_position)
+        by_operator = by_operator and are_fusible(self.softmax, self.attn_drop)
+        if by_operator and are_fusible(self.qkv, self.qkv_temb, self.proj):
             token = None if temb is None else self.qkv_temb
             out = tmsa(
                 x,
@@ -149,9 +149,10 @@ class TMSA(nn.Module):
         if temb is not None and self.qkv_temb is not None:
             row = self.qkv_temb(temb)
         if row is not None and not per_position:
-            row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)
-        if fused:
-            q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
+            row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)[:, None]
+        attention: Any = None
+        if by_operator:
+            q_row, _, v_row = (None,) * 3 if row is None else row[:, 0].chunk(3, dim=1)
             out = window_attention(
                 qkv,
                 self.relative_position_bias_table,
@@ -162,10 +163,8 @@ class TMSA(nn.Module):
                 v_row=v_row,
                 scale=self.scale,
             )
-            return self.proj_drop(self.proj(out))
-        if row is not None:
-            qkv = qkv + (row if per_position else row[:, None])
-        out, attention = self._attend(qkv, grid_size)
+        else:
+            out, attention = self._attend(qkv if row is None else qkv + row, grid_size)
         out = self.proj_drop(self.proj(out))
         return (out, attention) if return_attention else out
 

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffit_kernels import products
-from diffit_kernels.ops import autocast
+from diffit_kernels.ops import autocast, transforms
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``: (..., K), (N, K), (N,) -> (..., N)."""
     dtype = autocast.dtype_of(x) if autocast.is_active(x) else x.dtype
-    in_transform = torch._C._are_functorch_transforms_active()  # of functions, as torch.func.grad
-    if in_transform or not products.are_slow(dtype, x.device.type):
+    if transforms.are_active() or not products.are_slow(dtype, x.device.type):
         return functional.linear(x, weight, bias)
     bias = None if bias is None else bias.to(dtype)
     return _Linear.apply(x.to(dtype), weight.to(dtype), bias)  # type: ignore[no-untyped-call]
@@ -34,10 +33,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])  # which vmap has a rule for, unlike flatten
         with torch.autocast("cpu", enabled=False):
             return (
                 products.mm(rows, weight).view(x.shape) if needs_x else None,
-                products.mm(rows.t(), x.flatten(0, -2)) if needs_weight else None,
+                products.mm(rows.t(), x.reshape(-1, x.shape[-1])) if needs_weight else None,
                 rows.sum(dim=0) if needs_bias else None,
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from diffit_kernels.dispatch import select
-from diffit_kernels.ops import autocast
+from diffit_kernels.ops import autocast, transforms
 from diffit_kernels.ops.registration import operator
 from diffit_kernels.problem import MLPProblem, require_like, require_shape, require_tensor
 
@@ -49,7 +49,7 @@ def mlp(
     tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     save_hidden = torch.is_grad_enabled() and (
         any(tensor is not None and tensor.requires_grad for tensor in tensors)
-        or torch._C._are_functorch_transforms_active()  # vmap hides what requires a gradient
+        or transforms.are_active()  # vmap hides what requires a gradient
     )
     y, _ = _forward(*tensors, residual, save_hidden)
     return y

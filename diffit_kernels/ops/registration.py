@@ -16,6 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from diffit_kernels.ops import transforms
 from diffit_kernels.ops.autocast import DEVICES
 
 _LIBRARY = torch.library.Library("diffit", "DEF")
@@ -83,8 +84,9 @@ class Operator:
                     return function(*args)
 
             def forward(ctx: Any, *args: Any) -> Any:
-                if torch._C._are_functorch_transforms_active():
-                    with torch.enable_grad():  # for outer transforms, which take their turn inside
+                if transforms.are_active():
+                    # For outer transforms, which take their turn inside.
+                    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                         result = compute(*args)
                 else:
                     result = compute(*args)
@@ -100,10 +102,11 @@ class Operator:
             )
 
             def record(*args: Any) -> Any:
-                if not torch._C._are_functorch_transforms_active():
+                if not transforms.are_active():
                     return node.apply(*args)
                 # Tensors are those inside the innermost transform already; ``node.apply`` would ask
-                # for rules of all transforms.
+                # for rules of all transforms. That of its base class records for this one alone, as
+                # PyTorch's own ``custom_function_call`` does in the end.
                 with enable_single_level_autograd_function():
                     return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
 

@@ -103,3 +103,14 @@ def test_mlp(dtype: torch.dtype) -> None:
     case = MLPCase((2, 9, 24), 40, 16, dtype)
     with dk.use_backend("cpu"):
         assert_numeric_rule(case.operator(), case.plain(), case.truth())
+
+
+def test_batched_gradients() -> None:
+    x, weight = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((2, 3, 24), (5, 24)))
+    y = linear(x, weight)
+    several = torch.randn(4, *y.shape).bfloat16()
+    leaves = (x, weight)
+    each = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in several]
+    batched = torch.autograd.grad(y, leaves, several, is_grads_batched=True)
+    for got, *expected in zip(batched, *each, strict=True):
+        torch.testing.assert_close(got, torch.stack(expected))

@@ -233,3 +233,16 @@ def test_outer_transforms_are_not_lost(fastest_backend: str, call: Callable[...,
     grad = torch.func.grad(lambda x: squares(call, x, *others))(outside)
     with pytest.raises(RuntimeError, match="first order"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_forward_mode_outside_of_a_gradient_is_refused(call: Callable[..., Tensor]) -> None:
+    first, *others = CALLS[call]()
+    tangent = torch.ones_like(first)
+    grad = torch.func.grad_and_value(lambda x: squares(call, x, *others))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(grad, (first,), (tangent,))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.hessian(lambda x: squares(call, x, *others))(first)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        grad(forward_ad.make_dual(first, tangent))

@@ -122,6 +122,8 @@ def test_equals_its_formula(fused: bool, layout: str, adapted: bool) -> None:
     else:
         got = attn(x.flatten(2).mT, temb=temb).mT.unflatten(2, (4, 4))
     torch.testing.assert_close(got, expected)
+    one, each = temb[:1], temb[:1].expand(3, -1)
+    torch.testing.assert_close(attn(x, temb=one), attn(x, temb=each))
 
 
 def test_trains_and_loads() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffit.models import LatentDiffiT
 from diffit.nn import TMSA, DiffiTBlock
 from diffit.nn.fusible import are_fusible
+from tests.diffit.models.networks import stirred
 
 LINEAR = ("attn.qkv", "attn.qkv_temb", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -115,6 +117,15 @@ def test_norms_may_be_others(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) 
     torch.testing.assert_close(run(block, inputs), x + block.mlp(block.norm2(x)))
 
 
+def test_maps_by_a_hook(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
+    """On ``softmax``; the formula gives what the operator does."""
+    expected = run(block, inputs)
+    maps: list[Tensor] = []
+    block.attn.softmax.register_forward_hook(lambda module, arguments, out: maps.append(out))
+    torch.testing.assert_close(run(block, inputs), expected)
+    assert maps[0].shape[-2:] == (6, 6)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_forward_of_one_layer_may_be_another(
     name: str, block: DiffiTBlock, inputs: tuple[Tensor, Tensor]
@@ -132,6 +143,107 @@ def test_forward_of_one_layer_may_be_another(
     layer.forward = watched
     torch.testing.assert_close(run(block, inputs), expected)
     assert calls == [name]
+
+
+class Packed(nn.Module):
+    """A quantised ``Linear``: no parameter, and a weight that is a method, as PyTorch's have it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = layer.weight.abs().max().item() / 127
+        self.register_buffer("packed", (layer.weight.detach() / self.scale).round().to(torch.int8))
+        self.register_buffer("_bias", None if layer.bias is None else layer.bias.detach())
+
+    def weight(self) -> Tensor:
+        return self.packed * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight(), self._bias)
+
+
+def test_quantised_network() -> None:
+    """As the network whose weights are what the quantised ones stand for."""
+    torch.manual_seed(0)
+    sizes = {"input_size": 4, "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    network = stirred(LatentDiffiT(**sizes, num_classes=3)).eval()
+    rounded = copy.deepcopy(network)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear):
+            weight = put(network, name, Packed).weight()
+            attrgetter(name)(rounded).weight.data = weight
+    inputs = torch.randn(2, 4, 4, 4), torch.tensor([3, 700]), torch.tensor([0, 2])
+    torch.testing.assert_close(network(*inputs), rounded(*inputs))
+
+
+class Twice(nn.Module):
+    """A parametrisation that counts how often it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_computed_weight(name: str, block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
+    """It is computed once."""
+    other, rule = copy.deepcopy(block), Twice()
+    with torch.no_grad():
+        attrgetter(name)(other).weight.mul_(2)
+    nn.utils.parametrize.register_parametrization(attrgetter(name)(block), "weight", rule)
+    rule.calls = 0
+    torch.testing.assert_close(run(block, inputs), run(other, inputs))
+    assert rule.calls == 1
+
+
+def test_norms_whose_weights_come_from_elsewhere(
+    block: DiffiTBlock, inputs: tuple[Tensor, Tensor]
+) -> None:
+    """A parametrisation, and what FSDP and DataParallel do with parameters."""
+    for name in ("norm1", "norm2"):
+        setattr(block, name, nn.LayerNorm(16))
+        nn.init.normal_(getattr(block, name).weight)
+    expected = run(block, inputs)
+    nn.utils.parametrize.register_parametrization(block.norm1, "weight", nn.Identity())
+    weight = block.norm2.weight.detach()
+    del block.norm2._parameters["weight"]
+    block.norm2.weight = weight
+    torch.testing.assert_close(run(block, inputs), expected)
+
+
+def test_norm_over_two_dimensions(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
+    block.norm1 = nn.LayerNorm((12, 16), elementwise_affine=False)
+    x, temb = inputs
+    x = x + block.attn(block.norm1(x), temb, grid_size=(4, 3))
+    torch.testing.assert_close(run(block, inputs), x + block.mlp(block.norm2(x)))
+
+
+def test_dropout_has_a_mode_of_its_own(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
+    """Active in a network that is not in training, and not there at all."""
+    expected = run(block, inputs)
+    for parent, name in ((block.attn, "attn_drop"), (block.mlp, "drop")):
+        setattr(parent, name, nn.Dropout(0.5))
+        assert not torch.allclose(run(block, inputs), expected)
+        getattr(parent, name).eval()
+        assert torch.equal(run(block, inputs), expected)
+        getattr(parent, name).train()
+        block.eval()
+        assert torch.equal(run(block, inputs), expected)
+        getattr(parent, name).train()
+        assert not torch.allclose(run(block, inputs), expected)
+        setattr(parent, name, nn.Identity())
+        assert torch.equal(run(block.train(), inputs), expected)
+
+
+def test_mlp_without_a_bias(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        other.mlp.fc1.bias.zero_()
+    block.mlp.fc1.bias = None
+    torch.testing.assert_close(run(block, inputs), run(other, inputs))
 
 
 def test_compiled(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
