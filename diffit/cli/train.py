@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = pick_device(arguments.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dataset = _dataset(arguments.preset, arguments.data)
+    dataset, num_classes = _dataset(arguments.preset, arguments.data)
     running = Running(
         device,
         micro_batch=arguments.micro_batch,
@@ -111,6 +111,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with ranks(backend) as peers:
+        known = 0 if dataset.labels is None else len(dataset.labels.unique())
+        if peers.first and 0 < known < num_classes:
+            print(
+                f"{arguments.data}: has {known} of the {num_classes} classes of "
+                f"{arguments.preset}; the others will not be trained"
+            )
         trainer = Trainer(
             arguments.preset,
             recipe,
@@ -130,8 +136,8 @@ def run(arguments: argparse.Namespace) -> None:
             ) from None
 
 
-def _dataset(preset: str, path: Path) -> Dataset:
-    """What the preset's network learns from."""
+def _dataset(preset: str, path: Path) -> tuple[Dataset, int]:
+    """What the preset's network learns from, and the number of its classes."""
     import torch
 
     from diffit.data.dataset import ImageDataset
@@ -140,13 +146,12 @@ def _dataset(preset: str, path: Path) -> Dataset:
 
     with torch.device("meta"):
         network = create_model(preset)
+    classes = network.num_classes
     if isinstance(network, ImageNetwork):
-        return ImageDataset(
-            path, resolution=network.img_resolution, num_classes=network.num_classes
-        )
+        return ImageDataset(path, resolution=network.img_resolution, num_classes=classes), classes
     assert isinstance(network, LatentDiffiT)
     shape = (network.in_channels, network.input_size, network.input_size)
-    return LatentDataset(path, shape=shape, num_classes=network.num_classes)
+    return LatentDataset(path, shape=shape, num_classes=classes), classes
 
 
 def _draw(network: DiffusionNetwork, sampling: Sampling, path: Path) -> None:

@@ -156,8 +156,12 @@ def test_bad_data(train: Train, images: Path, tmp_path: Path, capsys: Any) -> No
     index.write_text(labels.replace("1]", "3]"))
     assert "expected a class 0..2, got 3" in wrong(capsys, train(data=folder))
     assert not (tmp_path / "run").exists()
+    index.write_text(labels.replace("2]", "1]"))
+    assert train(data=folder, out=tmp_path / "two") == 0
+    assert "has 2 of the 3 classes" in capsys.readouterr().out
     index.write_text(labels)
     assert train(data=folder) == 0
+    assert "classes" not in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written(train: Train, tmp_path: Path, capsys: Any) -> None:
