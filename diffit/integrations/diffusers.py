@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from diffit.extras import import_extra
 from diffit.models import LatentDiffiT
 from diffit.nn.fusible import are_fusible
-from diffit_kernels import tmsa, window_attention
+from diffit_kernels import tmsa
+from diffit_kernels.ops.tmsa import attend_with_row
 
 
 class TMSAAttnProcessor(nn.Module):
@@ -115,12 +116,8 @@ class TMSAAttnProcessor(nn.Module):
             )
         else:
             row = None if temb is None else self.qkv_temb(temb)
-            if row is not None:
-                row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)
-            q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
             qkv = torch.cat([layer(x) for layer in projections], dim=-1)
-            table = self.relative_position_bias_table
-            x = out(window_attention(qkv, table, q_row=q_row, v_row=v_row, **options))
+            x = out(attend_with_row(qkv, row, self.relative_position_bias_table, **options))
         x = attn.to_out[1](x)
         if grid is not None:
             x = x.transpose(1, 2).unflatten(2, grid)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from diffit.nn.fusible import are_fusible
-from diffit_kernels import window_attention
+from diffit_kernels.ops.tmsa import attend_with_row
 
 _logger = logging.getLogger(__name__)
 
@@ -81,19 +81,17 @@ class SwinWindowAttention(nn.Module):
         return torch.cat(parts, dim=1).index_select(1, split.order).flatten(0, 1)
 
     def _fused(self, x: Tensor) -> Tensor:
-        q_row = v_row = None
+        row = None
         if are_fusible(self.qkv) and self.qkv.bias is not None:
-            qkv = linear(x, self.qkv.weight)
-            q_row, _, v_row = self.qkv.bias.expand(x.shape[0], -1).chunk(3, dim=1)
+            qkv, row = linear(x, self.qkv.weight), self.qkv.bias.expand(x.shape[0], -1)
         else:
             qkv = self.qkv(x)
-        out = window_attention(
+        out = attend_with_row(
             qkv,
+            row,
             self.relative_position_bias_table,
             num_heads=self.num_heads,
             window_size=self.window_size,
-            q_row=q_row,
-            v_row=v_row,
             scale=self.scale,
         )
         return self.proj_drop(self.proj(out))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffit.nn.fusible import are_fusible
-from diffit_kernels import relative_position_index, tmsa, window_attention
+from diffit_kernels import relative_position_index, tmsa
 from diffit_kernels.ops import autocast
+from diffit_kernels.ops.tmsa import attend_with_row
 from diffit_kernels.ops.window_attention import as_grid, as_pair
 from diffit_kernels.problem import WindowAttentionProblem, require_like, require_shape
 from diffit_kernels.reference.window_attention import partition, unpartition
@@ -148,22 +149,20 @@ class TMSA(nn.Module):
         qkv = self.qkv(x)
         if temb is not None and self.qkv_temb is not None:
             row = self.qkv_temb(temb)
-        if row is not None and not per_position:
-            row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)[:, None]
         attention: Any = None
         if by_operator:
-            q_row, _, v_row = (None,) * 3 if row is None else row[:, 0].chunk(3, dim=1)
-            out = window_attention(
+            out = attend_with_row(
                 qkv,
+                row,
                 self.relative_position_bias_table,
                 num_heads=self.num_heads,
                 window_size=self.window_size,
                 grid_size=grid_size,
-                q_row=q_row,
-                v_row=v_row,
                 scale=self.scale,
             )
         else:
+            if row is not None and not per_position:
+                row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)[:, None]
             out, attention = self._attend(qkv if row is None else qkv + row, grid_size)
         out = self.proj_drop(self.proj(out))
         return (out, attention) if return_attention else out

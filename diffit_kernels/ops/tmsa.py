@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from diffit_kernels.ops import autocast
@@ -98,18 +100,37 @@ def tmsa(
             require_like(name, tensor, tensor.dtype if cast else x.dtype, x)
             require_shape(name, tensor, shape)
     row = _row(batch, temb, row, qkv_bias, temb_weight, temb_bias)
-    q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
-    out = window_attention(
+    out = attend_with_row(
         linear(x, qkv_weight),
+        row,
         rel_pos_table,
         num_heads=num_heads,
         window_size=window_size,
         grid_size=grid_size,
-        q_row=q_row,
-        v_row=v_row,
         scale=scale,
     )
     return linear(out, proj_weight, proj_bias)
+
+
+def attend_with_row(
+    qkv: Tensor, row: Tensor | None, rel_pos_table: Tensor | None, **options: Any
+) -> Tensor:
+    """``window_attention`` of q, k and v with a row added to those of all tokens of a sample.
+
+    Args:
+        qkv: (B, L, 3C), without the row.
+        row: (b, 3C) with b a divisor of B, as in ``tmsa``, or None.
+        rel_pos_table, options: as in ``window_attention``.
+
+    Returns:
+        (B, L, C).
+    """
+    if row is None:
+        return window_attention(qkv, rel_pos_table, **options)
+    if row.shape[0] != qkv.shape[0]:
+        row = row.repeat_interleave(qkv.shape[0] // row.shape[0], dim=0)
+    q_row, _, v_row = row.chunk(3, dim=1)
+    return window_attention(qkv, rel_pos_table, q_row=q_row, v_row=v_row, **options)
 
 
 def _row(
@@ -120,7 +141,7 @@ def _row(
     temb_weight: Tensor | None,
     temb_bias: Tensor | None,
 ) -> Tensor | None:
-    """(B, 3C): what biases and time token add to every token's q, k and v.
+    """(B or b, 3C): what biases and time token add to every token's q, k and v.
 
     The part of k is computed too: one product is rounded once, and its gradient needs no slices.
     """
@@ -132,7 +153,7 @@ def _row(
         return None if bias is None else bias.expand(batch, -1)
     elif bias is not None:
         row = row + bias
-    return row if row.shape[0] == batch else row.repeat_interleave(batch // row.shape[0], dim=0)
+    return row
 
 
 def time_rows(temb: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -170,9 +170,6 @@ def test_forward_mode_is_refused(backend: str, requires_grad: bool) -> None:
 
 # --- transforms of functions: torch.func
 
-# vmap has no rule for these operators: it calls them once for each slice, and says that it is slow.
-slices = pytest.mark.filterwarnings("ignore:There is a performance drop")
-
 
 def squares(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return call(*tensors).square().sum()
@@ -193,7 +190,6 @@ def test_grad_of_a_function(fastest_backend: str, call: Callable[..., Tensor]) -
         assert torch.equal(one, other)
 
 
-@slices
 @pytest.mark.parametrize("call", CALLS)
 def test_grads_of_every_sample(fastest_backend: str, call: Callable[..., Tensor]) -> None:
     """Three calls in one, every tensor with a dimension of its own."""
@@ -207,7 +203,9 @@ def test_grads_of_every_sample(fastest_backend: str, call: Callable[..., Tensor]
 
 
 def _grad_of_vmap(call: Callable[..., Tensor], stacked: list[Tensor]) -> tuple[Tensor, ...]:
-    total = lambda *xs: torch.vmap(lambda *slices: squares(call, *slices))(*xs).sum()  # noqa: E731
+    def total(*tensors: Tensor) -> Tensor:
+        return torch.vmap(lambda *slices: squares(call, *slices))(*tensors).sum()
+
     return torch.func.grad(total, argnums=tuple(range(len(stacked))))(*stacked)
 
 
