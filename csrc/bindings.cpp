@@ -101,6 +101,48 @@ void bias_gelu_backward(const Rows& shape, Address hidden, Address bias, Address
     diffit::bias_gelu_backward(g, static_cast<int>(shape[3]));
 }
 
+// rows, in_features, out_features, whether the weight is transposed, threads
+using LinearShape = std::array<int64_t, 5>;
+
+void linear(const LinearShape& shape, Address x, Address weight, Address bias, Address y) {
+    diffit::Linear p{};
+    p.rows = shape[0];
+    p.k = shape[1];
+    p.n = shape[2];
+    p.x = pointer<void>(x);
+    p.bias = pointer<void>(bias);
+    p.y_dtype = diffit::DType::bfloat16;
+    p.y = pointer<void>(y);
+    diffit::Weight w{};
+    w.n = p.n;
+    w.k = p.k;
+    w.data = pointer<void>(weight);
+    w.transposed = shape[3];
+    diffit::linear(p, w, static_cast<int>(shape[4]));
+}
+
+// rows, in_features, hidden_features, out_features, dtype of y, threads
+using MLPShape = std::array<int64_t, 6>;
+
+void mlp(const MLPShape& shape, Address x, Address fc1_weight, Address fc1_bias,
+         Address fc2_weight, Address fc2_bias, Address residual, Address hidden, Address y) {
+    diffit::MLP p{};
+    p.rows = shape[0];
+    p.in_features = shape[1];
+    p.hidden_features = shape[2];
+    p.out_features = shape[3];
+    p.y_dtype = static_cast<diffit::DType>(shape[4]);
+    p.x = pointer<void>(x);
+    p.fc1_weight = pointer<void>(fc1_weight);
+    p.fc1_bias = pointer<void>(fc1_bias);
+    p.fc2_weight = pointer<void>(fc2_weight);
+    p.fc2_bias = pointer<void>(fc2_bias);
+    p.residual = pointer<void>(residual);
+    p.hidden = pointer<void>(hidden);
+    p.y = pointer<void>(y);
+    diffit::mlp(p, static_cast<int>(shape[5]));
+}
+
 // rows, features, dtype of x, dtype of y, threads
 using NormShape = std::array<int64_t, 5>;
 
@@ -146,6 +188,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("window_attention_backward", window_attention_backward, release);
     m.def("bias_gelu", bias_gelu, release);
     m.def("bias_gelu_backward", bias_gelu_backward, release);
+    m.def("has_linear",
+          [](int dtype) { return diffit::has_linear(static_cast<diffit::DType>(dtype)); });
+    m.def("linear", linear, release);
+    m.def("mlp", mlp, release);
     m.def("add_layer_norm", add_layer_norm, release);
     m.def("add_layer_norm_backward", add_layer_norm_backward, release);
 }

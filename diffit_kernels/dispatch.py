@@ -75,6 +75,11 @@ def _reason(name: str, problem: Problem) -> str | None:
     return backend.unavailable() or backend.supports(problem)
 
 
+def runs_native(device_type: str) -> bool:
+    """Whether tensors on this device go to the compiled CPU kernels, if they take the problem."""
+    return device_type == "cpu" and _choice() in ("auto", "cpu") and native.unavailable() is None
+
+
 def select(problem: Problem) -> ModuleType:
     """The module that runs this problem."""
     choice = _choice()

@@ -30,6 +30,17 @@ inline Gate gate(vf x) {
 }
 
 template <class T>
+inline vf gelu(vf x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<T, bf16>::value) {
+        const vf u = x * (x * x * (-two_u_log2e * cubic) - two_u_log2e);
+        return x * reciprocal<true>(1.0f + exp2_to_infinity(u));
+    }
+#endif
+    return x * gate<T>(x).open;
+}
+
+template <class T>
 struct BiasGeluKernel {
     template <class Each>
     static void over(int64_t features, const Each& each) {
@@ -45,7 +56,7 @@ struct BiasGeluKernel {
             T* activation = static_cast<T*>(p.activation) + r * p.features;
             over(p.features, [&](int64_t c, int n) {
                 const vf x = load(hidden + c, n) + load(bias + c, n);
-                store(activation + c, x * gate<T>(x).open, n);
+                store(activation + c, gelu<T>(x), n);
             });
         }
     }

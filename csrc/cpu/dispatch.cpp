@@ -171,6 +171,17 @@ void expand_bias(WindowAttention& p, int threads) {
     p.bias = bias;
 }
 
+// How the rows and columns of a linear layer are cut changes none of its numbers.
+constexpr int64_t rows_of_item = 64;
+
+void run(Linear p, const Kernels& k, int threads) {
+    p.row_blocks = std::max<int64_t>(1, p.rows / (2 * rows_of_item));
+    const int64_t wanted = 4 * threads / p.row_blocks, most = p.n / (4 * linear_block);
+    p.column_blocks = std::max<int64_t>(1, std::min(wanted, most));
+    for_each_item(k, p.row_blocks * p.column_blocks, linear_scratch, threads,
+                  [&](int64_t item, char* scratch) { k.linear(p, item, scratch); });
+}
+
 void sum_table(const WindowAttention& p) {
     const int64_t rows = p.table_rows(), size = p.heads * rows;
     std::vector<double> total(size);
@@ -257,6 +268,61 @@ void bias_gelu_backward(BiasGelu g, int threads) {
     for (int64_t c = 0; c < g.chunks(); ++c)
         for (int64_t f = 0; f < g.features; ++f) total[f] += part[c * g.features + f];
     std::copy(total.begin(), total.end(), g.grad_bias);
+}
+
+bool has_linear(DType dtype) { return kernels(dtype).linear != nullptr; }
+
+void linear(Linear p, Weight w, int threads) {
+    static thread_local Scratch scratch;
+    const Kernels& k = kernels(DType::bfloat16);
+    p.packed = w.packed = scratch.reserve(p.n * p.k * sizeof(uint16_t));
+    for_each_item(k, w.panels(), 0, threads, [&](int64_t panel, char*) { k.pack(w, panel); });
+    run(p, k, threads);
+}
+
+// A block of rows goes through both layers at once, where there are enough blocks for the threads.
+void mlp(const MLP& m, int threads) {
+    static thread_local Scratch scratch;
+    const Kernels& k = kernels(DType::bfloat16);
+    const bool at_once = m.rows / linear_block >= threads;
+    const int64_t size1 = m.hidden_features * m.in_features;
+    const int64_t size2 = m.out_features * m.hidden_features;
+    const int64_t hidden_size = at_once ? 0 : m.rows * m.hidden_features;
+    uint16_t* memory = reinterpret_cast<uint16_t*>(
+        scratch.reserve((size1 + size2 + hidden_size) * sizeof(uint16_t)));
+    const Weight w1{m.hidden_features, m.in_features, m.fc1_weight, false, memory};
+    const Weight w2{m.out_features, m.hidden_features, m.fc2_weight, false, memory + size1};
+    for_each_item(k, w1.panels() + w2.panels(), 0, threads, [&](int64_t i, char*) {
+        i < w1.panels() ? k.pack(w1, i) : k.pack(w2, i - w1.panels());
+    });
+    Linear fc1{}, fc2{};
+    fc1.rows = fc2.rows = m.rows;
+    fc1.k = m.in_features;
+    fc1.n = fc2.k = m.hidden_features;
+    fc2.n = m.out_features;
+    fc1.x = m.x;
+    fc1.packed = w1.packed;
+    fc2.packed = w2.packed;
+    fc1.bias = m.fc1_bias;
+    fc2.bias = m.fc2_bias;
+    fc1.gelu = true;
+    fc1.product = m.hidden;
+    fc1.y_dtype = DType::bfloat16;
+    fc2.y_dtype = m.y_dtype;
+    fc2.residual = m.residual;
+    fc2.y = m.y;
+    if (!at_once) {
+        fc2.x = fc1.y = memory + size1 + size2;
+        run(fc1, k, threads);
+        return run(fc2, k, threads);
+    }
+    fc1.row_blocks = fc2.row_blocks =
+        std::max<int64_t>(std::min<int64_t>(threads, m.rows / linear_block), m.rows / rows_of_item);
+    const int64_t most_rows = m.rows / fc1.row_blocks + 2 * linear_block;
+    const size_t bytes = linear_scratch + most_rows * fc1.n * sizeof(uint16_t);
+    for_each_item(k, fc1.row_blocks, bytes, threads, [&](int64_t item, char* scratch) {
+        k.mlp(fc1, fc2, item, scratch);
+    });
 }
 
 void add_layer_norm(AddLayerNorm p, int threads) {

@@ -123,14 +123,15 @@ struct Bfloat16Engine {
         for (int v = 0; v < NV; ++v) store(reinterpret_cast<bf16*>(a) + v * W, x[v]);
     }
 
+    // W numbers of two rows as pairs.
+    static void interleave(const A* a, int64_t lda, B* b) {
+        const vu low = widen(load_half(a)), high = widen(load_half(a + lda));
+        store(reinterpret_cast<float*>(b), (vf)(low | (high << 16)));
+    }
     static const B* rows_as_b(const A* a, int lda, int rows, int columns, B* b) {
-        for (int r = 0; r < rows; r += 2) {
-            for (int c = 0; c < columns; c += W) {
-                const vu low = widen(load_half(a + r * lda + c));
-                const vu high = widen(load_half(a + (r + 1) * lda + c));
-                store(reinterpret_cast<float*>(b + r / 2 * lda + c), (vf)(low | (high << 16)));
-            }
-        }
+        for (int r = 0; r < rows; r += 2)
+            for (int c = 0; c < columns; c += W)
+                interleave(a + r * lda + c, lda, b + r / 2 * lda + c);
         return b;
     }
 

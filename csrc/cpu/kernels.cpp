@@ -7,6 +7,7 @@
 
 #include "add_layer_norm.h"
 #include "bias_gelu.h"
+#include "linear.h"
 #include "window_attention.h"
 
 namespace diffit {
@@ -29,7 +30,20 @@ constexpr Kernels kernels_of() {
             BiasGeluKernel<T>::forward,
             BiasGeluKernel<T>::backward,
             {AddLayerNormKernel<T, T>::forward, AddLayerNormKernel<float, T>::forward},
-            {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward}};
+            {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward},
+            nullptr,
+            nullptr,
+            nullptr};
+}
+
+constexpr Kernels kernels_of_bfloat16() {
+    Kernels kernels = kernels_of<EngineOfBfloat16, bf16>();
+#if defined(__AMX_BF16__)
+    kernels.pack = LinearKernel::pack;
+    kernels.linear = LinearKernel::run;
+    kernels.mlp = LinearKernel::mlp;
+#endif
+    return kernels;
 }
 
 }  // namespace
@@ -41,7 +55,7 @@ namespace DIFFIT_ISA {
 extern const InstructionSet instruction_set;
 const InstructionSet instruction_set = {DIFFIT_STRING(DIFFIT_ISA),
                                         {kernels_of<FloatEngine, float>(),
-                                         kernels_of<EngineOfBfloat16, bf16>(),
+                                         kernels_of_bfloat16(),
                                          kernels_of<FloatEngine, fp16>()}};
 }  // namespace DIFFIT_ISA
 

@@ -47,6 +47,56 @@ struct WindowAttention {
     int64_t items() const { return chunks() * (heads / group); }
 };
 
+// Rows and columns of a block of a linear layer, and a multiple of which its sizes must be.
+constexpr int linear_block = 32;
+
+// The weight of a linear layer, and how the kernel reads it.
+struct Weight {
+    int64_t n, k;
+    const void* data;  // (n, k), or if transposed (k, n)
+    bool transposed;
+    void* packed;  // n k numbers
+    int64_t panels() const { return n / linear_block; }
+};
+
+// y = f(x w^T + bias) + residual in bfloat16, f the identity or tanh-GELU.
+struct Linear {
+    int64_t rows, n, k;  // rows at least, n and k a multiple of linear_block
+    const void* x;       // (rows, k)
+    const void* packed;  // the weight
+    const void* bias;    // (n,) or null
+    bool gelu;
+    void* product;  // (rows, n), x w^T, or null
+    DType y_dtype;  // bfloat16, or without GELU float32
+    const void* residual;  // (rows, n) in y_dtype, or null
+    void* y;               // (rows, n) in y_dtype
+
+    int64_t row_blocks, column_blocks;  // items of work
+    int64_t first_row(int64_t block) const {
+        return block < row_blocks ? rows / linear_block * block / row_blocks * linear_block : rows;
+    }
+    // The same layer for a block of rows.
+    Linear row_block(int64_t block) const {
+        const int64_t first = first_row(block), size = y_dtype == DType::float32 ? 4 : 2;
+        Linear p = *this;
+        p.rows = first_row(block + 1) - first;
+        p.x = static_cast<const char*>(x) + first * k * 2;
+        if (product) p.product = static_cast<char*>(product) + first * n * 2;
+        if (residual) p.residual = static_cast<const char*>(residual) + first * n * size;
+        if (y) p.y = static_cast<char*>(y) + first * n * size;
+        return p;
+    }
+};
+
+// y = gelu(x w1^T + b1) w2^T + b2 + residual, all but residual and y in bfloat16.
+struct MLP {
+    int64_t rows, in_features, hidden_features, out_features;  // as the sizes of Linear
+    DType y_dtype;
+    const void *x, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *residual;
+    void* hidden;  // (rows, hidden_features), x w1^T, or null
+    void* y;
+};
+
 // gelu(hidden + bias) over (rows, features), and its gradient.
 struct BiasGelu {
     int64_t rows, features;
@@ -91,12 +141,18 @@ struct Kernels {
     // For x of the dtype of y, and of float32.
     void (*add_layer_norm[2])(const AddLayerNorm&, int64_t item, char* scratch);
     void (*add_layer_norm_backward[2])(const AddLayerNorm&, int64_t item, char* scratch);
+    // Null where PyTorch's products are as fast.
+    void (*pack)(const Weight&, int64_t panel);
+    void (*linear)(const Linear&, int64_t item, char* scratch);
+    void (*mlp)(const Linear& fc1, const Linear& fc2, int64_t item, char* scratch);
 };
 
 struct InstructionSet {
     const char* name;
     Kernels kernels[3];  // by DType
 };
+
+constexpr size_t linear_scratch = 2 * linear_block * linear_block * sizeof(float);
 
 // Lanes that a kernel may touch past the end of the expanded bias, and of its gradient in scratch.
 constexpr int64_t bias_slack = 64;

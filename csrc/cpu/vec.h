@@ -176,6 +176,26 @@ inline void store(T* p, vf x, int n) {
 
 #endif
 
+// With `write`, for a row that will be stored.
+template <int write = 0, class T>
+inline void prefetch_row(const T* x, int d) {
+    for (int c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c, write);
+}
+
+inline vf brief_exp2_near_0(vf r) {
+    vf p = splat(5.5008933e-2f) * r + 2.4221097e-1f;
+    p = p * r + 6.9328290e-1f;
+    return p * r + 1.0f;
+}
+
+#if defined(__AVX512F__)
+// 2^x for any x, 0 and infinity included, in brief.
+inline vf exp2_to_infinity(vf x) {
+    const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_scalef_ps((__m512)brief_exp2_near_0(r), (__m512)(x - r));
+}
+#endif
+
 // 2^x for x <= 128; 2^-125 for anything below -125; NaN stays NaN. The relative error is below
 // 2e-7, or below 1.1e-4 in `brief`, for results that are rounded to bfloat16.
 template <bool brief = false>
@@ -187,9 +207,7 @@ inline vf exp2(vf x) {
     // Minimax polynomials of 2^r on [-1/2, 1/2] that are exact at 0.
     vf p;
     if constexpr (brief) {
-        p = splat(5.5008933e-2f) * r + 2.4221097e-1f;
-        p = p * r + 6.9328290e-1f;
-        p = p * r + 1.0f;
+        p = brief_exp2_near_0(r);
     } else {
         p = splat(1.5345812e-4f) * r + 1.3399931e-3f;
         p = p * r + 9.6184891e-3f;

@@ -117,12 +117,6 @@ inline void copy_row(bf16* out, const bf16* x, int d) {
     for (int c = 0; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
 }
 
-// With `write`, for a row that will be stored.
-template <int write = 0, class T>
-inline void prefetch_row(const T* x, int d) {
-    for (int c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c, write);
-}
-
 inline float* packed(float* a) { return a; }
 inline bf16* packed(uint16_t* a) { return reinterpret_cast<bf16*>(a); }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffit_kernels import products
 from diffit_kernels.layout import channels_contiguous, equally_spaced
 from diffit_kernels.problem import (
     AddLayerNormProblem,
@@ -17,7 +18,6 @@ from diffit_kernels.problem import (
     Problem,
     WindowAttentionProblem,
 )
-from diffit_kernels.products import linear, mm
 
 # torch is imported first: the extension then shares its OpenMP pool.
 _module: Any = None
@@ -34,6 +34,9 @@ except ImportError as error:
 # cache between the products, and for the C library to reuse the memory instead of returning it to
 # the system. It grows with the weights, which the products read anew for each part.
 _HIDDEN_BYTES = 8 * 2**20
+
+# Of rows, and a factor of all features, that the kernels of linear layers take.
+_LINEAR_BLOCK = 32
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -102,6 +105,46 @@ def _shape(problem: WindowAttentionProblem) -> tuple[int, ...]:
         _DTYPES[problem.dtype],
         torch.get_num_threads(),
     )
+
+
+def has_product(dtype: torch.dtype, rows: int, *features: int) -> bool:
+    """Whether there is a kernel of linear layers, faster than PyTorch's, for these sizes."""
+    return (
+        dtype in _DTYPES
+        and _module.has_linear(_DTYPES[dtype])
+        and rows >= _LINEAR_BLOCK
+        and all(count % _LINEAR_BLOCK == 0 for count in features)
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``: (rows, K), (N, K), (N,) -> (rows, N)."""
+    if has_product(x.dtype, x.shape[0], *weight.shape):
+        return _linear(x, weight.contiguous(), bias, weight.shape[0], transposed=False)
+    return products.linear(x, weight, bias)
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, in their dtype."""
+    if a.is_contiguous() and b.is_contiguous() and has_product(a.dtype, a.shape[0], *b.shape):
+        return _linear(a, b, None, b.shape[1], transposed=True)
+    return products.mm(a, b)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, transposed: bool
+) -> Tensor:
+    """With ``transposed`` the weight is (K, N)."""
+    x, bias = x.contiguous(), _optional(bias)
+    y = x.new_empty(x.shape[0], columns)
+    _module.linear(
+        (*x.shape, columns, transposed, torch.get_num_threads()),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _pointer(bias),
+        y.data_ptr(),
+    )
+    return y
 
 
 def window_attention(
@@ -196,6 +239,18 @@ def mlp(
     if residual is not None:
         residual = residual.reshape(problem.rows, -1)
     y = (x if residual is None else residual).new_empty(problem.rows, problem.out_features)
+    features = (problem.in_features, problem.hidden_features, problem.out_features)
+    if has_product(problem.dtype, problem.rows, *features):
+        hidden = x.new_empty(problem.rows, features[1]) if save_hidden else None
+        inputs = (x, fc1_weight, bias, fc2_weight, fc2_bias, residual)
+        contiguous = [_optional(tensor) for tensor in inputs]
+        _module.mlp(
+            (problem.rows, *features, _DTYPES[y.dtype], torch.get_num_threads()),
+            *map(_pointer, contiguous),
+            _pointer(hidden),
+            y.data_ptr(),
+        )
+        return y.reshape(*shape, problem.out_features), hidden
     step = problem.rows
     if not save_hidden:
         part_bytes = max(_HIDDEN_BYTES, 2 * fc1_weight.nbytes)
@@ -205,7 +260,7 @@ def mlp(
     for start in range(0, problem.rows, step):
         part = slice(start, start + step)
         rows = min(step, problem.rows - start)
-        linear(x[part], fc1_weight, out=hidden[:rows])
+        products.linear(x[part], fc1_weight, out=hidden[:rows])
         _module.bias_gelu(
             (rows, problem.hidden_features, _DTYPES[problem.dtype], torch.get_num_threads()),
             hidden.data_ptr(),
@@ -213,9 +268,9 @@ def mlp(
             activation.data_ptr(),
         )
         if residual is None:
-            linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
+            products.linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
         else:
-            added = linear(activation[:rows], fc2_weight, fc2_bias)
+            added = products.linear(activation[:rows], fc2_weight, fc2_bias)
             torch.add(residual[part], added, out=y[part])
     return y.reshape(*shape, problem.out_features), hidden if save_hidden else None
 
@@ -234,7 +289,7 @@ def mlp_backward(
     x_rows = x.reshape(problem.rows, -1)
     grad_rows = grad_y.reshape(problem.rows, -1)
     hidden = hidden.contiguous()
-    grad_hidden = mm(grad_rows, fc2_weight).contiguous()
+    grad_hidden = mm(grad_rows.contiguous(), fc2_weight).contiguous()
     bias = fc1_bias.contiguous()
     activation = torch.empty_like(hidden)
     grad_fc1_bias = torch.empty(problem.hidden_features, dtype=torch.float32)

@@ -25,7 +25,13 @@ CASES = [
     MLPCase((2, 3, 5, 8), 64, 8),
     MLPCase((129, 32), 127, 40),
     MLPCase((2, 100, 64), 256, 64),
+    # Multiples of 32 and at least as many rows: on tile registers. Threads share rows, or layers.
+    MLPCase((32, 32), 32, 32),
+    MLPCase((33, 64), 96, 32),
+    MLPCase((3, 95, 32), 1024, 96),
+    MLPCase((259, 96), 64, 160),
 ]
+SMALL = [MLPCase((2, 17, 24), 33, 24), MLPCase((2, 17, 32), 64, 32)]
 
 
 def name_of(value: object) -> str | None:
@@ -50,14 +56,18 @@ def test_shapes(backend: str, case: MLPCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("argument", ["layout", "grad_layout"])
-def test_layouts(backend: str, argument: str, layout: str, dtype: torch.dtype) -> None:
-    check(replace(MLPCase((2, 17, 24), 33, 24, dtype), **{argument: layout}))
+@pytest.mark.parametrize("case", SMALL, ids=name_of)
+def test_layouts(
+    backend: str, case: MLPCase, argument: str, layout: str, dtype: torch.dtype
+) -> None:
+    check(replace(case, dtype=dtype, **{argument: layout}))
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_strided_weights_and_biases(backend: str, dtype: torch.dtype) -> None:
-    check(MLPCase((17, 24), 33, 24, dtype, strided=True))
+@pytest.mark.parametrize("case", SMALL, ids=name_of)
+def test_strided_weights_and_biases(backend: str, case: MLPCase, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype, strided=True))
 
 
 # dtypes of x and of the residual
@@ -68,12 +78,17 @@ PAIRS = [*((dtype, dtype) for dtype in DTYPES), *((dtype, torch.float32) for dty
 @pytest.mark.parametrize(("dtype", "residual"), PAIRS, ids=name_of)
 @pytest.mark.parametrize("size", [1.0, 1e3])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", SMALL, ids=name_of)
 def test_residual(
-    backend: str, layout: str, size: float, dtype: torch.dtype, residual: torch.dtype
+    backend: str,
+    case: MLPCase,
+    layout: str,
+    size: float,
+    dtype: torch.dtype,
+    residual: torch.dtype,
 ) -> None:
     """A large one too, whose own rounding is all of the error."""
-    case = MLPCase((2, 17, 24), 33, 24, dtype, residual=residual, residual_size=size)
-    check(replace(case, layout=layout))
+    check(replace(case, dtype=dtype, residual=residual, residual_size=size, layout=layout))
 
 
 @pytest.mark.parametrize(("dtype", "residual"), PAIRS, ids=name_of)
@@ -91,30 +106,39 @@ def test_residual_of_inference_in_parts(
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("spread", [10.0, 1e4])
-def test_large_activations(backend: str, spread: float, dtype: torch.dtype) -> None:
-    check(MLPCase((5, 24), 201, 24, dtype, spread=spread))
+@pytest.mark.parametrize(
+    "case", [MLPCase((5, 24), 201, 24), MLPCase((40, 32), 224, 32)], ids=name_of
+)
+def test_large_activations(backend: str, case: MLPCase, spread: float, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype, spread=spread))
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_gelu_of_a_large_negative_number_is_zero(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", SMALL, ids=name_of)
+def test_gelu_of_a_large_negative_number_is_zero(
+    backend: str, case: MLPCase, dtype: torch.dtype
+) -> None:
     """The most negative finite number of the dtype too: no inf times zero inside."""
-    case = MLPCase((5, 24), 33, 24, dtype)
-    x, w1, b1, w2, b2 = case.inputs().values()
+    x, w1, b1, w2, b2 = replace(case, dtype=dtype).inputs().values()
     lowest = torch.full_like(b1, torch.finfo(dtype).min)
-    assert torch.equal(dk.mlp(x * 0, w1, lowest, w2, b2), b2.expand(5, -1))
+    y = dk.mlp(x * 0, w1, lowest, w2, b2)
+    assert torch.equal(y, b2.expand_as(y))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nan_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "case", [MLPCase((17, 24), 64, 24), MLPCase((35, 32), 64, 32)], ids=name_of
+)
+def test_nan_stays_in_its_row(backend: str, case: MLPCase, dtype: torch.dtype) -> None:
     # Inner dimensions are multiples of 8: for others, oneDNN's bfloat16 product on AMX multiplies
     # the next row's numbers by zero, which a NaN survives.
-    x, *weights = MLPCase((17, 24), 64, 24, dtype).inputs().values()
+    x, *weights = replace(case, dtype=dtype).inputs().values()
     broken = x.clone()
     broken[3, 5] = torch.nan
     after, before = dk.mlp(broken, *weights), dk.mlp(x, *weights)
     assert after[3].isnan().all()
-    others = torch.arange(17) != 3
+    others = torch.arange(len(x)) != 3
     assert torch.equal(after[others], before[others])
 
 
@@ -154,11 +178,18 @@ def test_two_calls_are_equal(backend: str, default_algorithms: None, dtype: torc
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    "case", [MLPCase((2, 100, 64), 250, 64), MLPCase((70, 64), 256, 64)], ids=name_of
+)
 def test_threads(
-    backend: str, threads: Callable[[int], None], count: int, dtype: torch.dtype
+    backend: str,
+    threads: Callable[[int], None],
+    case: MLPCase,
+    count: int,
+    dtype: torch.dtype,
 ) -> None:
     threads(count)
-    check(MLPCase((2, 100, 64), 250, 64, dtype))
+    check(replace(case, dtype=dtype))
 
 
 def test_without_gradients_the_result_is_the_same(backend: str) -> None:

@@ -1,0 +1,150 @@
+// y = f(x w^T + bias) + residual in bfloat16 on the tile registers of AMX, f the identity or GELU.
+//
+// A block of 32 x 32 sums stays in four tile registers while the product runs over all of k. What
+// then remains to be done for it, f and all that is added, is done between the steps of the next
+// block's product: the vector units work while the tiles multiply.
+#pragma once
+
+#include <algorithm>
+
+#include "bias_gelu.h"
+#include "gemm.h"
+#include "problem.h"
+
+#if defined(__AMX_BF16__)
+
+namespace diffit {
+namespace {
+
+struct LinearKernel {
+    using E = Bfloat16Engine;
+    static constexpr int N = linear_block, tile_size = W * W;
+    static constexpr int64_t resident = 1 << 20;  // bytes that stay in the second-level cache
+
+    // Columns N panel and on as B: for every N of k two tiles of (16 pairs of k, 16 columns).
+    static void pack(const Weight& w, int64_t panel) {
+        const uint16_t* data = static_cast<const uint16_t*>(w.data);
+        uint32_t* out = static_cast<uint32_t*>(w.packed) + panel * (w.k / 2) * N;
+        for (int64_t k = 0; k < w.k; k += N) {
+            for (int64_t n = panel * N; n < (panel + 1) * N; n += W, out += tile_size) {
+                if (w.transposed) {
+                    for (int pair = 0; pair < W; ++pair)
+                        E::interleave(data + (k + 2 * pair) * w.n + n, w.n, out + pair * W);
+                } else {
+                    transpose(data + n * w.k + k, w.k / 2, out, W, W, W);
+                }
+            }
+        }
+    }
+
+    // a: N rows of x. b: a panel. Calls between(0), between(1), ... on the way.
+    template <class Between>
+    static void product(int64_t k, const uint16_t* a, const uint16_t* b, float* sums,
+                        const Between& between) {
+        asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t step = 0; step < k / N; ++step, a += N, b += 4 * tile_size) {
+            _tile_loadd(4, a, k * 2);
+            _tile_loadd(6, b, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b + 2 * tile_size, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + W * k, k * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+            between(static_cast<int>(step));
+        }
+        _tile_stored(0, sums, N * 4);
+        _tile_stored(1, sums + W, N * 4);
+        _tile_stored(2, sums + W * N, N * 4);
+        _tile_stored(3, sums + W * N + W, N * 4);
+        asm volatile("" ::: "memory");
+    }
+
+    // Rows first to last of a block whose sums are there.
+    template <bool activate, class Y>
+    static void finish(const Linear& p, const float* sums, int64_t row, int64_t column, int first,
+                       int last) {
+        const bf16* bias = static_cast<const bf16*>(p.bias) + column;
+        const Y* residual = static_cast<const Y*>(p.residual);
+        const vf none = {};
+        const vf biases[] = {p.bias ? load(bias) : none, p.bias ? load(bias + W) : none};
+        for (int r = first; r < last; ++r) {
+            for (int half = 0; half < 2; ++half) {
+                const int64_t at = (row + r) * p.n + column + half * W;
+                vf x = load(sums + r * N + half * W);
+                if (p.product) store(static_cast<bf16*>(p.product) + at, x);
+                x = x + biases[half];
+                if (activate) x = gelu<bf16>(x);
+                if (residual) x = x + load(residual + at);
+                store(static_cast<Y*>(p.y) + at, x);
+            }
+        }
+    }
+
+    // All rows of panels first to end.
+    template <bool activate, class Y>
+    static void run(const Linear& p, int64_t first_panel, int64_t end_panel, float* sums) {
+        const int64_t panels = end_panel - first_panel, blocks = (p.rows + N - 1) / N;
+        const int64_t steps = p.k / N;
+        const int part = static_cast<int>((N + steps - 1) / steps);
+        // Where all panels stay in the second-level cache, rows are taken once and written in order.
+        const bool by_rows = panels * N * p.k * 2 <= resident;
+
+        const float* ready = nullptr;
+        int64_t ready_row = 0, ready_column = 0;
+        for (int64_t i = 0; i < blocks * panels; ++i, sums += i % 2 ? N * N : -N * N) {
+            const int64_t block = by_rows ? i / panels : i % blocks;
+            const int64_t column = (first_panel + (by_rows ? i % panels : i / blocks)) * N;
+            // The last rows of an odd number are computed twice.
+            const int64_t row = std::min(block * N, p.rows - N);
+            product(p.k, static_cast<const uint16_t*>(p.x) + row * p.k,
+                    static_cast<const uint16_t*>(p.packed) + column * p.k, sums, [&](int step) {
+                        const int first = step * part, last = std::min(first + part, N);
+                        for (int r = first; r < last; ++r) {
+                            const int64_t at = (row + r) * p.n + column;
+                            prefetch_row<1>(static_cast<Y*>(p.y) + at, N);
+                            if (p.product) prefetch_row<1>(static_cast<bf16*>(p.product) + at, N);
+                        }
+                        if (ready)
+                            finish<activate, Y>(p, ready, ready_row, ready_column, first, last);
+                    });
+            ready = sums;
+            ready_row = row;
+            ready_column = column;
+        }
+        finish<activate, Y>(p, ready, ready_row, ready_column, 0, N);
+    }
+
+    static void run(const Linear& p, int64_t first_panel, int64_t end_panel, char* scratch) {
+        float* sums = reinterpret_cast<float*>(scratch);
+        if (p.gelu) return run<true, bf16>(p, first_panel, end_panel, sums);
+        if (p.y_dtype == DType::float32) return run<false, float>(p, first_panel, end_panel, sums);
+        run<false, bf16>(p, first_panel, end_panel, sums);
+    }
+
+    static void run(const Linear& p, int64_t item, char* scratch) {
+        const int64_t panels = p.n / N, part = item % p.column_blocks;
+        run(p.row_block(item / p.column_blocks), panels * part / p.column_blocks,
+            panels * (part + 1) / p.column_blocks, scratch);
+    }
+
+    // A block of rows through both layers; the hidden one lies in scratch.
+    static void mlp(const Linear& fc1, const Linear& fc2, int64_t item, char* scratch) {
+        Linear p = fc1.row_block(item);
+        void* hidden = scratch + linear_scratch;
+        p.y = hidden;
+        run(p, 0, p.n / N, scratch);
+        p = fc2.row_block(item);
+        p.x = hidden;
+        run(p, 0, p.n / N, scratch);
+    }
+};
+
+}  // namespace
+}  // namespace diffit
+
+#endif  // __AMX_BF16__
