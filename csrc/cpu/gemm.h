@@ -24,6 +24,7 @@ struct FloatEngine {
     static constexpr int m_align = 8;
     static constexpr int k_align = 1;
     static constexpr int pad = W > 8 ? W : 8;  // of packed dimensions
+    static constexpr bool ahead = false;       // see Forward
 
     static void enter() {}
     static void leave() {}
@@ -107,6 +108,12 @@ struct Bfloat16Engine {
     static constexpr int m_align = 16;
     static constexpr int k_align = 32;
     static constexpr int pad = 32;
+    // Tile registers are not loaded from stores that are still on their way to the cache.
+#if defined(__AMX_BF16__)
+    static constexpr bool ahead = true;
+#else
+    static constexpr bool ahead = false;
+#endif
 
     template <int NV>
     static void put_b(B* b, int ldb, int j, const vf (&x)[NV], const vf (&y)[NV]) {

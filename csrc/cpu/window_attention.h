@@ -88,15 +88,36 @@ inline void softmax(const Sizes<E>& s, float* logits, const float* bias, const i
 template <class E, class T>
 struct Forward {
     static constexpr int NQ = block_of<E>;
+    // With E::ahead the logits of a block are computed a block ahead, while the probabilities of the
+    // block before it are on their way to the cache.
+    static constexpr int buffers = E::ahead ? 2 : 1;
     Arena arena;
     Sizes<E> s;
     Operands<E> o;
-    typename E::A* values_t;
-    typename E::B* probabilities;
-    float* v_row;
+    typename E::A* values_t[buffers];
+    typename E::B *queries_t[buffers], *probabilities;
+    float *logits[buffers], *v_row;
+
+    // A block of queries of a head of the group, and its place in the order of both.
+    struct Block {
+        int64_t index, head;
+        int first, count, lanes;
+
+        Block(const Sizes<E>& s, int64_t index) : index(index) {
+            const int64_t blocks = (s.M + NQ - 1) / NQ;
+            head = index / blocks;
+            first = static_cast<int>(index % blocks) * NQ;
+            count = s.M - first < NQ ? s.M - first : NQ;
+            lanes = round_up(count, W);
+        }
+    };
 
     Forward(const WindowAttention& p, char* scratch) : arena(scratch), s(p), o(arena, p, s) {
-        values_t = arena.take<typename E::A>(int64_t(s.d_pad) * s.m_pad);
+        for (int i = 0; i < buffers; ++i) {
+            values_t[i] = arena.take<typename E::A>(int64_t(s.d_pad) * s.m_pad);
+            queries_t[i] = i ? arena.take<typename E::B>(o.queries_t_size(s)) : o.queries_t;
+            logits[i] = i ? arena.take<float>(int64_t(s.m_pad) * NQ) : o.logits;
+        }
         probabilities = arena.take<typename E::B>(int64_t(s.m_pad) * NQ);
         v_row = arena.take<float>(p.group * s.d + W);
     }
@@ -106,59 +127,97 @@ struct Forward {
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Forward f(p, scratch);
         f.o.layout.fill(p);
-        for_each_window(p, item, [&](const Group& group) {
-            f.o.template pack<T>(p, f.s, group);
-            load_row<T>(f.v_row, p.v_row, group.sample * p.row_stride_batch + group.column, p.group * f.s.d);
-            Ahead ahead(static_cast<int>(p.group), (f.s.M + NQ - 1) / NQ);
-            for (int64_t h = 0; h < p.group; ++h) f.run(p, group, h, ahead);
+        for_each_window(p, item, [&](const Group& group) { f.run(p, group); });
+    }
+
+    void run(const WindowAttention& p, const Group& group) {
+        o.template pack<T>(p, s, group);
+        load_row<T>(v_row, p.v_row, group.sample * p.row_stride_batch + group.column, p.group * s.d);
+        const int64_t per_head = (s.M + NQ - 1) / NQ, blocks = p.group * per_head;
+        Ahead next_rows(static_cast<int>(p.group), static_cast<int>(per_head));
+        if (E::ahead) {
+            transpose_operands({s, 0});
+            score({s, 0});
+            if (blocks > 1) transpose_operands({s, 1});
+        }
+        for (int64_t i = 0; i < blocks; ++i) {
+            const Block block(s, i);
+            if (!E::ahead) {
+                transpose_operands(block);
+                score(block);
+            }
+            vf top[E::vectors], sum[E::vectors];
+            probabilities_of(p, group, block, next_rows, top, sum);
+            if (E::ahead && i + 1 < blocks) score({s, i + 1});
+            E::template gemm<false>(s.d_rows, block.lanes, s.m_k, values_t[block.head % buffers],
+                                    s.m_pad, probabilities, NQ, o.result, NQ);
+            if (E::ahead && i + 2 < blocks) transpose_operands({s, i + 2});
+            store_result(p, group, block, top, sum);
+        }
+    }
+
+    void transpose_operands(const Block& block) const {
+        columns_as_b<E>(o.queries.head(block.head) + block.first * s.d_pad, s.d_pad, block.lanes,
+                        s.d_k, queries_t[block.index % buffers], NQ);
+        if (block.first == 0)
+            columns_as_a<E>(o.values.head(block.head), s.d_pad, s.m_pad, s.d_pad,
+                            values_t[block.head % buffers], s.m_pad, o.spare);
+    }
+
+    // S^T = K Q^T
+    void score(const Block& block) const {
+        E::template gemm<false>(s.m_rows, block.lanes, s.d_k, o.keys.head(block.head), s.d_pad,
+                                queries_t[block.index % buffers], NQ,
+                                logits[block.index % buffers], NQ);
+    }
+
+    void probabilities_of(const WindowAttention& p, const Group& group, const Block& block,
+                          Ahead& next_rows, vf* top, vf* sum) const {
+        const int64_t head = group.head + block.head, *tokens = o.layout.token;
+        const T* next = group.next(p).template of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
+        const T* out = result_of(p, group, block);
+        const float* bias = p.bias + head * p.bias_stride + (p.table ? block.first : 0);
+        const auto prefetch = [&](int r) {
+            next_rows.step([&](int token, int head) {
+                const T* row = next + tokens[token] * p.qkv_stride_token + head * s.d;
+                for (int part = 0; part < 3; ++part) prefetch_row(row + part * p.dim(), s.d);
+            });
+            if (r < block.count)
+                prefetch_row<1>(out + tokens[block.first + r] * p.dim(), s.d);
+        };
+        with_vectors<E::vectors>(block.lanes / W, [&](auto n) {
+            softmax<E, n>(s, logits[block.index % buffers], bias, o.layout.bias, probabilities, top,
+                          sum, prefetch);
         });
     }
 
-    void run(const WindowAttention& p, const Group& group, int64_t h, Ahead& ahead) {
-        const int64_t head = group.head + h, *tokens = o.layout.token;
-        const T* next = group.next(p).template of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
-        T* out = static_cast<T*>(p.out) + (group.sample * p.tokens() + group.token) * p.dim() +
-                 head * s.d;
-        float* lse = p.lse + (group.sample * p.heads + head) * p.tokens() + group.token;
-        columns_as_a<E>(o.values.head(h), s.d_pad, s.m_pad, s.d_pad, values_t, s.m_pad, o.spare);
-
-        for (int first = 0; first < s.M; first += NQ) {
-            const int count = s.M - first < NQ ? s.M - first : NQ;
-            const int lanes = round_up(count, W);
-            const float* bias = p.bias + head * p.bias_stride + (p.table ? first : 0);
-            const auto prefetch = [&](int r) {
-                ahead.step([&](int token, int head) {
-                    const T* row = next + tokens[token] * p.qkv_stride_token + head * s.d;
-                    for (int part = 0; part < 3; ++part) prefetch_row(row + part * p.dim(), s.d);
-                });
-                if (r < count) prefetch_row<1>(out + tokens[first + r] * p.dim(), s.d);
-            };
-            columns_as_b<E>(o.queries.head(h) + first * s.d_pad, s.d_pad, lanes, s.d_k,
-                            o.queries_t, NQ);
-            E::template gemm<false>(s.m_rows, lanes, s.d_k, o.keys.head(h), s.d_pad, o.queries_t,
-                                    NQ, o.logits, NQ);
-            vf top[E::vectors], sum[E::vectors];
-            with_vectors<E::vectors>(lanes / W, [&](auto n) {
-                softmax<E, n>(s, o.logits, bias, o.layout.bias, probabilities, top, sum, prefetch);
-            });
-            E::template gemm<false>(s.d_rows, lanes, s.m_k, values_t, s.m_pad, probabilities, NQ,
-                                    o.result, NQ);
-            for (int v = 0; v < lanes / W; ++v) {
-                float lanes_of[W];
-                store(lanes_of, (top[v] + log2(sum[v])) * ln_2);
-                for (int i = 0; i < W && v * W + i < count; ++i)
-                    lse[tokens[first + v * W + i]] = lanes_of[i];
-                const vf inverse = reciprocal(sum[v]);
-                for (int c = 0; c < s.d; ++c) {
-                    float* x = o.result + c * NQ + v * W;
-                    store(x, load(x) * inverse);
-                }
+    void store_result(const WindowAttention& p, const Group& group, const Block& block,
+                      const vf* top, const vf* sum) const {
+        const int64_t* tokens = o.layout.token + block.first;
+        T* out = result_of(p, group, block);
+        float* lse = p.lse + (group.sample * p.heads + group.head + block.head) * p.tokens() +
+                     group.token;
+        for (int v = 0; v < block.lanes / W; ++v) {
+            float lanes_of[W];
+            store(lanes_of, (top[v] + log2(sum[v])) * ln_2);
+            for (int i = 0; i < W && v * W + i < block.count; ++i)
+                lse[tokens[v * W + i]] = lanes_of[i];
+            const vf inverse = reciprocal(sum[v]);
+            for (int c = 0; c < s.d; ++c) {
+                float* x = o.result + c * NQ + v * W;
+                store(x, load(x) * inverse);
             }
-            transpose(o.result, NQ, o.transposed, s.d_pad, round_up(s.d, W), lanes);
-            for (int r = 0; r < count; ++r)
-                convert_row(out + tokens[first + r] * p.dim(), o.transposed + r * s.d_pad,
-                            v_row + h * s.d, 1.0f, s.d);
         }
+        transpose(o.result, NQ, o.transposed, s.d_pad, round_up(s.d, W), block.lanes);
+        for (int r = 0; r < block.count; ++r)
+            convert_row(out + tokens[r] * p.dim(), o.transposed + r * s.d_pad,
+                        v_row + block.head * s.d, 1.0f, s.d);
+    }
+
+    // That of the window's first token.
+    T* result_of(const WindowAttention& p, const Group& group, const Block& block) const {
+        return static_cast<T*>(p.out) + (group.sample * p.tokens() + group.token) * p.dim() +
+               (group.head + block.head) * s.d;
     }
 };
 

@@ -99,14 +99,10 @@ inline void for_each_window(const WindowAttention& p, int64_t item, const Each& 
 // out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
 template <class T, class U>
 inline void convert_row(U* out, const T* x, const float* add, float scale, int d) {
-    const auto convert = [&](int c, int n) {
-        vf v = load(x + c, n);
-        if (add) v += load(add + c);
-        store(out + c, v * scale, n);
-    };
+    const auto converted = [&](vf v, int c) { return (add ? v + load(add + c) : v) * scale; };
     int c = 0;
-    for (; c + W <= d; c += W) convert(c, W);
-    if (W > 8 && c < d) convert(c, 8);
+    for (; c + W <= d; c += W) store(out + c, converted(load(x + c), c));
+    if (W > 8 && c < d) store(out + c, converted(load(x + c, 8), c), 8);
 }
 
 template <class T, class U>
@@ -114,7 +110,9 @@ inline void copy_row(U* out, const T* x, int d) {
     convert_row(out, x, nullptr, 1.0f, d);
 }
 inline void copy_row(bf16* out, const bf16* x, int d) {
-    for (int c = 0; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
+    int c = 0;
+    for (; c + 32 <= d; c += 32) std::memcpy(out + c, x + c, 32 * sizeof(bf16));
+    for (; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
 }
 
 inline float* packed(float* a) { return a; }
@@ -207,12 +205,16 @@ struct Operands {
     Operands(Arena& arena, const WindowAttention& p, const Sizes<E>& s)
         : layout(arena, p), queries(arena, p.group, s.m_pad, s.d_pad),
           keys(arena, p.group, s.m_pad, s.d_pad), values(arena, p.group, s.m_pad, s.d_pad) {
-        queries_t = arena.take<B>(round_up(s.d_pad, W * E::pair) * NQ);
+        queries_t = arena.take<B>(queries_t_size(s));
         spare = arena.take<B>(int64_t(s.m_pad > NQ ? s.m_pad : NQ) * s.d_pad);
         q_row = arena.take<float>(p.group * s.d + W);
         logits = arena.take<float>(int64_t(s.m_pad) * NQ);
         result = arena.take<float>(int64_t(s.d_pad) * NQ);
         transposed = arena.take<float>(int64_t(s.d_pad) * NQ);
+    }
+
+    static int64_t queries_t_size(const Sizes<E>& s) {
+        return int64_t(round_up(s.d_pad, W * E::pair)) * NQ;
     }
 
     // The group's rows; queries in base 2. Memory is read in its own order, all heads of a token
