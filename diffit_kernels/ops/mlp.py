@@ -138,12 +138,13 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros as large as the hidden layer would be made
 
 
-def _autograd(ctx: Any, grad_y: Tensor, _grad_hidden: Tensor | None) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_y: Tensor | None, _grad_hidden: None) -> tuple[Any, ...]:
     *needed, needs_residual, _ = ctx.needs_input_grad
     grads: tuple[Tensor | None, ...] = (None,) * 5
-    if any(needed):
+    if grad_y is not None and any(needed):
         saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
         all_grads = _backward(grad_y.to(saved[0].dtype), *saved, any(needed[1:]))
         grads = tuple(grad if need else None for grad, need in zip(all_grads, needed, strict=True))

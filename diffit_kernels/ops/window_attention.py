@@ -208,9 +208,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*inputs[:4], output[1])
     ctx.arguments = inputs[4:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient
 
 
-def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_out: Tensor | None, _grad_lse: None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     *inputs, lse = ctx.saved_tensors
     grads = _backward(grad_out, *inputs, lse, *ctx.arguments)
     present = (None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))

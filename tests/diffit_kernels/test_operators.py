@@ -114,6 +114,36 @@ def test_a_residual_alone_saves_nothing(fastest_backend: str) -> None:
     assert torch.ops.diffit.mlp_backward not in counter.get_flop_counts()["Global"]
 
 
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_in_none_out(fastest_backend: str) -> None:
+    mlp, attention = MLP.inputs(), CASE.inputs()
+    for leaves in (mlp, attention):
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+    out, _ = torch.ops.diffit.window_attention(*attention.values(), *CASE.arguments)
+    for result, leaves in ((dk.mlp(**mlp), mlp), (out, attention)):
+        dropped = _NoGradient.apply(result).sum()
+        grads = torch.autograd.grad(dropped, tuple(leaves.values()), allow_unused=True)
+        assert all(grad is None for grad in grads)
+
+
+def test_no_zeros_for_what_has_no_gradient(fastest_backend: str) -> None:
+    """They would be as large as the hidden layer."""
+    y = dk.mlp(**{name: tensor.requires_grad_() for name, tensor in MLP.inputs().items()})
+    with torch.profiler.profile() as profile:
+        y.backward(MLP.grad_y())
+    assert "aten::zeros" not in {event.name for event in profile.events()}
+
+
 @pytest.mark.parametrize("operator", ["window_attention", "mlp"])
 def test_a_second_derivative_is_refused(fastest_backend: str, operator: str) -> None:
     """There is none; a wrong one would be silent."""
