@@ -64,59 +64,61 @@ struct LinearKernel {
         asm volatile("" ::: "memory");
     }
 
-    // Rows first to last of a block whose sums are there.
+    // N x N sums, and where they lie in y.
+    struct Block {
+        float* sums;
+        int64_t row, column;
+    };
+
+    // What follows the product, for some rows of a block.
     template <bool activate, class Y>
-    static void finish(const Linear& p, const float* sums, int64_t row, int64_t column, int first,
-                       int last) {
-        const bf16* bias = static_cast<const bf16*>(p.bias) + column;
-        const Y* residual = static_cast<const Y*>(p.residual);
-        const vf none = {};
-        const vf biases[] = {p.bias ? load(bias) : none, p.bias ? load(bias + W) : none};
+    static void finish(const Linear& p, const Block& block, int first, int last) {
+        vf bias[2] = {};
+        if (p.bias) {
+            for (int half = 0; half < 2; ++half)
+                bias[half] = load(static_cast<const bf16*>(p.bias) + block.column + half * W);
+        }
         for (int r = first; r < last; ++r) {
             for (int half = 0; half < 2; ++half) {
-                const int64_t at = (row + r) * p.n + column + half * W;
-                vf x = load(sums + r * N + half * W);
+                const int64_t at = (block.row + r) * p.n + block.column + half * W;
+                vf x = load(block.sums + r * N + half * W);
                 if (p.product) store(static_cast<bf16*>(p.product) + at, x);
-                x = x + biases[half];
+                x = x + bias[half];
                 if (activate) x = gelu<bf16>(x);
-                if (residual) x = x + load(residual + at);
+                if (p.residual) x = x + load(static_cast<const Y*>(p.residual) + at);
                 store(static_cast<Y*>(p.y) + at, x);
             }
         }
     }
 
-    // All rows of panels first to end.
+    // All rows of some panels.
     template <bool activate, class Y>
     static void run(const Linear& p, int64_t first_panel, int64_t end_panel, float* sums) {
         const int64_t panels = end_panel - first_panel, blocks = (p.rows + N - 1) / N;
-        const int64_t steps = p.k / N;
-        const int part = static_cast<int>((N + steps - 1) / steps);
+        const int rows_of_step = static_cast<int>((N + p.k / N - 1) / (p.k / N));
         // Where all panels stay in the second-level cache, rows are taken once and written in order.
         const bool by_rows = panels * N * p.k * 2 <= resident;
-
-        const float* ready = nullptr;
-        int64_t ready_row = 0, ready_column = 0;
-        for (int64_t i = 0; i < blocks * panels; ++i, sums += i % 2 ? N * N : -N * N) {
-            const int64_t block = by_rows ? i / panels : i % blocks;
-            const int64_t column = (first_panel + (by_rows ? i % panels : i / blocks)) * N;
-            // The last rows of an odd number are computed twice.
-            const int64_t row = std::min(block * N, p.rows - N);
-            product(p.k, static_cast<const uint16_t*>(p.x) + row * p.k,
-                    static_cast<const uint16_t*>(p.packed) + column * p.k, sums, [&](int step) {
-                        const int first = step * part, last = std::min(first + part, N);
-                        for (int r = first; r < last; ++r) {
-                            const int64_t at = (row + r) * p.n + column;
-                            prefetch_row<1>(static_cast<Y*>(p.y) + at, N);
-                            if (p.product) prefetch_row<1>(static_cast<bf16*>(p.product) + at, N);
-                        }
-                        if (ready)
-                            finish<activate, Y>(p, ready, ready_row, ready_column, first, last);
-                    });
-            ready = sums;
-            ready_row = row;
-            ready_column = column;
+        Block before{};
+        for (int64_t i = 0; i < blocks * panels; ++i) {
+            const int64_t m = by_rows ? i / panels : i % blocks;
+            const int64_t panel = first_panel + (by_rows ? i % panels : i / blocks);
+            // Where rows are left over, the last block begins among those of the one before.
+            const Block block{sums + i % 2 * N * N, std::min(m * N, p.rows - N), panel * N};
+            const auto between = [&](int step) {
+                const int first = step * rows_of_step, last = std::min(first + rows_of_step, N);
+                for (int r = first; r < last; ++r) {
+                    const int64_t at = (block.row + r) * p.n + block.column;
+                    prefetch_row<1>(static_cast<Y*>(p.y) + at, N);
+                    if (p.product) prefetch_row<1>(static_cast<bf16*>(p.product) + at, N);
+                }
+                if (before.sums) finish<activate, Y>(p, before, first, last);
+            };
+            product(p.k, static_cast<const uint16_t*>(p.x) + block.row * p.k,
+                    static_cast<const uint16_t*>(p.packed) + block.column * p.k, block.sums,
+                    between);
+            before = block;
         }
-        finish<activate, Y>(p, ready, ready_row, ready_column, 0, N);
+        finish<activate, Y>(p, before, 0, N);
     }
 
     static void run(const Linear& p, int64_t first_panel, int64_t end_panel, char* scratch) {
@@ -126,19 +128,34 @@ struct LinearKernel {
         run<false, bf16>(p, first_panel, end_panel, sums);
     }
 
+    // The layer for a block of rows alone; of the pointers x and those that are not null move.
+    static Linear rows_of(const Linear& p, int64_t block) {
+        const auto first_row = [&](int64_t b) {
+            return b < p.row_blocks ? p.rows / N * b / p.row_blocks * N : p.rows;
+        };
+        const int64_t first = first_row(block), size = p.y_dtype == DType::float32 ? 4 : 2;
+        Linear part = p;
+        part.rows = first_row(block + 1) - first;
+        part.x = static_cast<const char*>(p.x) + first * p.k * 2;
+        if (p.product) part.product = static_cast<char*>(p.product) + first * p.n * 2;
+        if (p.residual) part.residual = static_cast<const char*>(p.residual) + first * p.n * size;
+        if (p.y) part.y = static_cast<char*>(p.y) + first * p.n * size;
+        return part;
+    }
+
     static void run(const Linear& p, int64_t item, char* scratch) {
         const int64_t panels = p.n / N, part = item % p.column_blocks;
-        run(p.row_block(item / p.column_blocks), panels * part / p.column_blocks,
+        run(rows_of(p, item / p.column_blocks), panels * part / p.column_blocks,
             panels * (part + 1) / p.column_blocks, scratch);
     }
 
     // A block of rows through both layers; the hidden one lies in scratch.
     static void mlp(const Linear& fc1, const Linear& fc2, int64_t item, char* scratch) {
-        Linear p = fc1.row_block(item);
-        void* hidden = scratch + linear_scratch;
+        char* hidden = scratch + linear_scratch;
+        Linear p = rows_of(fc1, item);
         p.y = hidden;
         run(p, 0, p.n / N, scratch);
-        p = fc2.row_block(item);
+        p = rows_of(fc2, item);
         p.x = hidden;
         run(p, 0, p.n / N, scratch);
     }

@@ -71,21 +71,7 @@ struct Linear {
     const void* residual;  // (rows, n) in y_dtype, or null
     void* y;               // (rows, n) in y_dtype
 
-    int64_t row_blocks, column_blocks;  // items of work
-    int64_t first_row(int64_t block) const {
-        return block < row_blocks ? rows / linear_block * block / row_blocks * linear_block : rows;
-    }
-    // The same layer for a block of rows.
-    Linear row_block(int64_t block) const {
-        const int64_t first = first_row(block), size = y_dtype == DType::float32 ? 4 : 2;
-        Linear p = *this;
-        p.rows = first_row(block + 1) - first;
-        p.x = static_cast<const char*>(x) + first * k * 2;
-        if (product) p.product = static_cast<char*>(product) + first * n * 2;
-        if (residual) p.residual = static_cast<const char*>(residual) + first * n * size;
-        if (y) p.y = static_cast<char*>(y) + first * n * size;
-        return p;
-    }
+    int64_t row_blocks, column_blocks;  // into which it is cut
 };
 
 // y = gelu(x w1^T + b1) w2^T + b2 + residual, all but residual and y in bfloat16.

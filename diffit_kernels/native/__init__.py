@@ -229,28 +229,68 @@ def mlp(
     residual: Tensor | None,
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As the reference; GELU runs in place on a part of the hidden layer where none is saved.
-
-    The residual is added to a part of the result that is still in cache, and not as the start of
-    the second product: residual + bias, rounded, would have the error of the larger of the two.
-    """
-    shape, x = x.shape[:-1], x.reshape(problem.rows, -1)
-    bias = fc1_bias.contiguous()
+    """As the reference, in one kernel if there is one for these sizes."""
+    x_rows = x.reshape(problem.rows, -1)
     if residual is not None:
         residual = residual.reshape(problem.rows, -1)
     y = (x if residual is None else residual).new_empty(problem.rows, problem.out_features)
     features = (problem.in_features, problem.hidden_features, problem.out_features)
-    if has_product(problem.dtype, problem.rows, *features):
-        hidden = x.new_empty(problem.rows, features[1]) if save_hidden else None
-        inputs = (x, fc1_weight, bias, fc2_weight, fc2_bias, residual)
-        contiguous = [_optional(tensor) for tensor in inputs]
-        _module.mlp(
-            (problem.rows, *features, _DTYPES[y.dtype], torch.get_num_threads()),
-            *map(_pointer, contiguous),
-            _pointer(hidden),
-            y.data_ptr(),
-        )
-        return y.reshape(*shape, problem.out_features), hidden
+    fused = has_product(problem.dtype, problem.rows, *features)
+    hidden = (_fused_mlp if fused else _mlp_in_parts)(
+        problem, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, save_hidden, y
+    )
+    return y.reshape(*x.shape[:-1], problem.out_features), hidden
+
+
+def _fused_mlp(
+    problem: MLPProblem,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None,
+    save_hidden: bool,
+    y: Tensor,
+) -> Tensor | None:
+    """Writes y, and returns the hidden layer if it is saved."""
+    hidden = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
+    inputs = [
+        _optional(tensor) for tensor in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+    ]
+    _module.mlp(
+        (
+            problem.rows,
+            problem.in_features,
+            problem.hidden_features,
+            problem.out_features,
+            _DTYPES[y.dtype],
+            torch.get_num_threads(),
+        ),
+        *map(_pointer, inputs),
+        _pointer(hidden),
+        y.data_ptr(),
+    )
+    return hidden
+
+
+def _mlp_in_parts(
+    problem: MLPProblem,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None,
+    save_hidden: bool,
+    y: Tensor,
+) -> Tensor | None:
+    """The same; GELU runs in place on a part of the hidden layer where none is saved.
+
+    The residual is added to a part of the result that is still in cache, and not as the start of
+    the second product: residual + bias, rounded, would have the error of the larger of the two.
+    """
+    bias = fc1_bias.contiguous()
     step = problem.rows
     if not save_hidden:
         part_bytes = max(_HIDDEN_BYTES, 2 * fc1_weight.nbytes)
@@ -272,7 +312,7 @@ def mlp(
         else:
             added = products.linear(activation[:rows], fc2_weight, fc2_bias)
             torch.add(residual[part], added, out=y[part])
-    return y.reshape(*shape, problem.out_features), hidden if save_hidden else None
+    return hidden if save_hidden else None
 
 
 def mlp_backward(
