@@ -174,7 +174,7 @@ void expand_bias(WindowAttention& p, int threads) {
 // How the rows and columns of a linear layer are cut changes none of its numbers.
 constexpr int64_t rows_of_item = 64;
 
-void run(Linear p, const Kernels& k, int threads) {
+void run_linear(Linear p, const Kernels& k, int threads) {
     p.row_blocks = std::max<int64_t>(1, p.rows / (2 * rows_of_item));
     const int64_t wanted = 4 * threads / p.row_blocks, most = p.n / (4 * linear_block);
     p.column_blocks = std::max<int64_t>(1, std::min(wanted, most));
@@ -277,7 +277,7 @@ void linear(Linear p, Weight w, int threads) {
     const Kernels& k = kernels(DType::bfloat16);
     p.packed = w.packed = scratch.reserve(p.n * p.k * sizeof(uint16_t));
     for_each_item(k, w.panels(), 0, threads, [&](int64_t panel, char*) { k.pack(w, panel); });
-    run(p, k, threads);
+    run_linear(p, k, threads);
 }
 
 // A block of rows goes through both layers at once, where there are enough blocks for the threads.
@@ -313,8 +313,8 @@ void mlp(const MLP& m, int threads) {
     fc2.y = m.y;
     if (!at_once) {
         fc2.x = fc1.y = memory + size1 + size2;
-        run(fc1, k, threads);
-        return run(fc2, k, threads);
+        run_linear(fc1, k, threads);
+        return run_linear(fc2, k, threads);
     }
     fc1.row_blocks = fc2.row_blocks =
         std::max<int64_t>(std::min<int64_t>(threads, m.rows / linear_block), m.rows / rows_of_item);

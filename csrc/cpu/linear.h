@@ -128,18 +128,21 @@ struct LinearKernel {
         run<false, bf16>(p, first_panel, end_panel, sums);
     }
 
-    // The layer for a block of rows alone; of the pointers x and those that are not null move.
+    // The layer for a block of rows alone.
     static Linear rows_of(const Linear& p, int64_t block) {
         const auto first_row = [&](int64_t b) {
             return b < p.row_blocks ? p.rows / N * b / p.row_blocks * N : p.rows;
         };
         const int64_t first = first_row(block), size = p.y_dtype == DType::float32 ? 4 : 2;
+        const auto moved = [](auto* start, int64_t bytes) {
+            return start ? reinterpret_cast<decltype(start)>(uintptr_t(start) + bytes) : nullptr;
+        };
         Linear part = p;
         part.rows = first_row(block + 1) - first;
-        part.x = static_cast<const char*>(p.x) + first * p.k * 2;
-        if (p.product) part.product = static_cast<char*>(p.product) + first * p.n * 2;
-        if (p.residual) part.residual = static_cast<const char*>(p.residual) + first * p.n * size;
-        if (p.y) part.y = static_cast<char*>(p.y) + first * p.n * size;
+        part.x = moved(p.x, first * p.k * 2);
+        part.product = moved(p.product, first * p.n * 2);
+        part.residual = moved(p.residual, first * p.n * size);
+        part.y = moved(p.y, first * p.n * size);
         return part;
     }
 
