@@ -235,29 +235,18 @@ def mlp(
         residual = residual.reshape(problem.rows, -1)
     y = (x if residual is None else residual).new_empty(problem.rows, problem.out_features)
     features = (problem.in_features, problem.hidden_features, problem.out_features)
+    inputs = (x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
     fused = has_product(problem.dtype, problem.rows, *features)
-    hidden = (_fused_mlp if fused else _mlp_in_parts)(
-        problem, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, save_hidden, y
-    )
+    hidden = (_fused_mlp if fused else _mlp_in_parts)(problem, y, save_hidden, *inputs)
     return y.reshape(*x.shape[:-1], problem.out_features), hidden
 
 
 def _fused_mlp(
-    problem: MLPProblem,
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    residual: Tensor | None,
-    save_hidden: bool,
-    y: Tensor,
+    problem: MLPProblem, y: Tensor, save_hidden: bool, x: Tensor, *others: Tensor | None
 ) -> Tensor | None:
     """Writes y, and returns the hidden layer if it is saved."""
     hidden = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
-    inputs = [
-        _optional(tensor) for tensor in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
-    ]
+    contiguous = [_optional(tensor) for tensor in (x, *others)]
     _module.mlp(
         (
             problem.rows,
@@ -267,7 +256,7 @@ def _fused_mlp(
             _DTYPES[y.dtype],
             torch.get_num_threads(),
         ),
-        *map(_pointer, inputs),
+        *map(_pointer, contiguous),
         _pointer(hidden),
         y.data_ptr(),
     )
@@ -276,14 +265,14 @@ def _fused_mlp(
 
 def _mlp_in_parts(
     problem: MLPProblem,
+    y: Tensor,
+    save_hidden: bool,
     x: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     residual: Tensor | None,
-    save_hidden: bool,
-    y: Tensor,
 ) -> Tensor | None:
     """The same; GELU runs in place on a part of the hidden layer where none is saved.
 
