@@ -14,6 +14,7 @@ import diffit_kernels as dk
 from diffit_kernels import native
 from diffit_kernels.ops.linear import linear
 from tests.backends import running_on
+from tests.cases import MLPCase
 from tests.numeric_rule import assert_numeric_rule
 
 # rows, in_features, out_features: whole blocks, rows left over, several items, a long sum
@@ -82,6 +83,17 @@ def test_threads_do_not_change_a_bit(
     for count in (2, 3, 8):
         threads(count)
         assert torch.equal(linear(*inputs), expected)
+
+
+def test_threads_do_not_change_a_bit_of_the_mlp(threads: Callable[[int], None]) -> None:
+    """With more threads than blocks of rows it is computed layer by layer."""
+    for shape in ((70, 64), (515, 32)):
+        inputs = MLPCase(shape, 256, 64, torch.bfloat16, residual=torch.float32).inputs()
+        threads(1)
+        expected = dk.mlp(**inputs)
+        for count in (2, 3, 8):
+            threads(count)
+            assert torch.equal(dk.mlp(**inputs), expected)
 
 
 def test_strided_inputs() -> None:
