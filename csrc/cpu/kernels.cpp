@@ -9,6 +9,7 @@
 #include "bias_gelu.h"
 #include "linear.h"
 #include "window_attention.h"
+#include "window_attention_backward.h"
 
 namespace diffit {
 namespace {
