@@ -62,7 +62,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 class AttentionCase:
     """``window_attention`` on ``windows`` (down, across) windows of random numbers.
 
-    ``scale`` is in units of head_dim ** -0.5. With ``constant`` all tokens of a sample are equal.
+    ``scale`` is in units of head_dim ** -0.5, ``shift`` is added to the table. With ``constant`` all tokens of a sample are equal.
     The rows are parts of one projection; with ``strided`` they and the table are views with gaps
     between all numbers. The operator runs on ``device``, what it is compared with on the CPU.
     """
@@ -77,6 +77,7 @@ class AttentionCase:
     q_row: bool = True
     v_row: bool = True
     scale: float = 1.0
+    shift: float = 0.0
     constant: bool = False
     strided: bool = False
     layout: str = "contiguous"
@@ -112,7 +113,7 @@ class AttentionCase:
         qkv = uniform(self.batch, problem.tokens, 3 * problem.dim).to(self.dtype)
         if self.constant:
             qkv = qkv[:, :1].repeat(1, problem.tokens, 1)
-        table = uniform(problem.table_rows, self.heads).to(problem.table_dtype)
+        table = uniform(problem.table_rows, self.heads).to(problem.table_dtype) + self.shift
         q_row, k_row, v_row = uniform(self.batch, 3 * problem.dim).to(self.dtype).chunk(3, dim=1)
         k_row.fill_(torch.nan)
         if self.strided:

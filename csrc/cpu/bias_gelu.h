@@ -34,7 +34,7 @@ inline vf gelu(vf x) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same<T, bf16>::value) {
         const vf u = x * (x * x * (-two_u_log2e * cubic) - two_u_log2e);
-        return x * reciprocal<true>(1.0f + exp2_to_infinity(u));
+        return x * reciprocal<true>(1.0f + exp2<true>(u));
     }
 #endif
     return x * gate<T>(x).open;

@@ -147,26 +147,26 @@ void cut(WindowAttention& p) {
     p.chunk = std::max(std::min(wanted, most), (p.windows() + 255) / 256);
 }
 
-// The bias as the kernels read it (see window_attention.h), in base 2; one row of zeros without a
-// table. The memory is kept by the calling thread.
-void expand_bias(WindowAttention& p, int threads) {
+// The bias as the kernels read it (see Layout), in base 2, for rows of logits that are those of queries
+// or of keys; one row of zeros without a table. The memory is kept by the calling thread.
+void expand_bias(WindowAttention& p, bool of_queries, int threads) {
     static thread_local Scratch scratch;
     const int64_t wh = p.window_height, ww = p.window_width, rows = 2 * wh - 1, row = 2 * ww - 1;
-    const int64_t heads = p.table ? p.heads : 0;
+    const int64_t heads = p.table ? p.heads : 0, table_size = p.table_rows();
     p.bias_stride = p.table ? ww * rows * ww : 0;
-    const int64_t size = heads * p.bias_stride + bias_slack, table_size = p.table_rows();
-    float* bias =
-        reinterpret_cast<float*>(scratch.reserve((size + heads * table_size) * sizeof(float)));
-    std::fill_n(bias + size - bias_slack, bias_slack, 0.0f);
+    const int64_t used = heads * p.bias_stride, zeros = (p.table ? 0 : wh * ww) + bias_slack;
+    float* bias = reinterpret_cast<float*>(
+        scratch.reserve((used + zeros + heads * table_size) * sizeof(float)));
+    std::fill_n(bias + used, zeros, 0.0f);
 #pragma omp parallel for num_threads(threads) if (heads > 1 && threads > 1)
     for (int64_t h = 0; h < heads; ++h) {
-        float* column = bias + size + h * table_size;
+        float* column = bias + used + zeros + h * table_size;
         for (int64_t r = 0; r < table_size; ++r)
-            column[r] = p.table[r * p.heads + h] * 1.44269504f;
+            column[of_queries ? table_size - 1 - r : r] = p.table[r * p.heads + h] * 1.44269504f;
         float* out = bias + h * p.bias_stride;
-        for (int64_t xj = 0; xj < ww; ++xj)
+        for (int64_t x = 0; x < ww; ++x)
             for (int64_t dy = 0; dy < rows; ++dy, out += ww)
-                std::copy_n(column + dy * row + ww - 1 - xj, ww, out);
+                std::copy_n(column + dy * row + ww - 1 - x, ww, out);
     }
     p.bias = bias;
 }
@@ -231,7 +231,9 @@ void set_instruction_set(const std::string& name) {
 void window_attention(WindowAttention p, int threads) {
     const Kernels& k = kernels(p.dtype);
     cut(p);
-    expand_bias(p, threads);
+    // Here chunks leave no trace in the result: longer ones prefetch more of their own windows.
+    p.chunk = std::max(p.chunk, p.windows() * (p.heads / p.group) / (16 * threads));
+    expand_bias(p, true, threads);
     for_each_item(k, p.items(), k.forward_scratch(p), threads,
                   [&](int64_t item, char* scratch) { k.forward(p, item, scratch); });
 }
@@ -239,7 +241,7 @@ void window_attention(WindowAttention p, int threads) {
 void window_attention_backward(WindowAttention p, int threads) {
     const Kernels& k = kernels(p.dtype);
     cut(p);
-    expand_bias(p, threads);
+    expand_bias(p, false, threads);
     std::vector<double> table_part(p.grad_table ? p.chunks() * p.heads * p.table_rows() : 0);
     std::vector<double> rows_part((p.chunks() + p.batch) * 2 * p.dim());
     p.grad_table_part = table_part.data();

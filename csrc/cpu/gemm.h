@@ -14,11 +14,47 @@ constexpr int round_up(int64_t n, int multiple) {
     return static_cast<int>((n + multiple - 1) / multiple * multiple);
 }
 
+template <int n>
+struct Number {
+    constexpr operator int() const { return n; }
+};
+
+// f(Number<n>), n <= N known at run time.
+template <int N, class F>
+inline void with_vectors(int n, const F& f) {
+    if constexpr (N > 1) {
+        if (n < N) return with_vectors<N - 1>(n, f);
+    }
+    f(Number<N>{});
+}
+
+// C = A B, and how far it is in B from one block of columns to the next.
+template <class E>
+struct Product {
+    static constexpr int block = E::vectors * W;
+    int M = 0, N = 0, K = 0;
+    const typename E::A* a = nullptr;
+    int lda = 0;
+    const typename E::B* b = nullptr;
+    int ldb = 0;
+    int64_t block_step = block;
+    float* c = nullptr;
+    int ldc = 0;
+
+    void run() const {
+        if (block_step == block) return E::template gemm<false>(M, N, K, a, lda, b, ldb, c, ldc);
+        for (int n = 0; n < N; n += block)
+            E::template gemm<false>(M, N - n < block ? N - n : block, K, a, lda,
+                                    b + n / block * block_step, ldb, c + n, ldc);
+    }
+};
+
 // Float operands and fused multiply-adds.
 struct FloatEngine {
     using A = float;
     using B = float;
     static constexpr bool brief = false;  // of exponentials, see exp2
+    static vf exp2_as_a(vf x) { return exp2(x); }  // as A holds it, so that sums are of what it holds
     static constexpr int pair = 1;
     static constexpr int vectors = W == 16 ? 4 : 2;  // the widest register tile
     static constexpr int m_align = 8;
@@ -38,6 +74,18 @@ struct FloatEngine {
     template <int NV>
     static void put_a(A* a, const vf (&x)[NV]) {
         for (int v = 0; v < NV; ++v) store(a + v * W, x[v]);
+    }
+
+    // The W words of 32 bits at word c of a row of d numbers as A, zeros past its end.
+    template <class T>
+    static vf words(const T* row, int c, int d) {
+        return W <= 8 || c + W <= d ? load(row + c) : load(row + c, d - c);
+    }
+
+    // `pair` rows of d numbers as a row of B.
+    template <class T>
+    static void rows_to_b(const T* const (&row)[pair], int d, B* b) {
+        copy_row(b, row[0], d);
     }
 
     // B of a product that runs over the rows of A.
@@ -68,31 +116,31 @@ struct FloatEngine {
     }
 
     // Blocks of k keep that part of B in the first-level cache. What they add to C starts from 0,
-    // since a long chain of additions to one sum would lose digits.
+    // since a long chain of additions to one sum would lose digits. Of few columns PyTorch makes dot
+    // products in shorter chains yet.
     template <bool accumulate>
     static void gemm(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
                      int ldc) {
-        constexpr int block = 128;
+        const int block = N > W ? 128 : 16;
         product<accumulate>(M, N, K < block ? K : block, a, lda, b, ldb, c, ldc);
         for (int k = block; k < K; k += block)
             product<true>(M, N, K - k < block ? K - k : block, a + k, lda, b + k * ldb, ldb, c,
                           ldc);
     }
 
+    // Columns in tiles of `vectors` vectors and then of fewer. With AVX-512 five are not cut in four and
+    // one.
     template <bool accumulate>
     static void product(int M, int N, int K, const A* a, int lda, const B* b, int ldb, float* c,
                         int ldc) {
-        columns<vectors, accumulate>(0, M, N, K, a, lda, b, ldb, c, ldc);
-    }
-
-    // Columns n and on, in tiles of NV vectors and then of fewer.
-    template <int NV, bool accumulate>
-    static void columns(int n, int M, int N, int K, const A* a, int lda, const B* b, int ldb,
-                        float* c, int ldc) {
-        for (; n + NV * W <= N; n += NV * W)
-            for (int m = 0; m < M; m += rows<NV>)
-                tile<NV, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
-        if constexpr (NV > 1) columns<NV - 1, accumulate>(n, M, N, K, a, lda, b, ldb, c, ldc);
+        constexpr int most = W == 16 ? vectors + 1 : vectors;
+        const auto strip = [&](int n, auto width) {
+            for (int m = 0; m < M; m += rows<width>)
+                tile<width, accumulate>(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc);
+        };
+        int n = 0;
+        for (; N - n > most * W; n += vectors * W) strip(n, Number<vectors>{});
+        if (n < N) with_vectors<most>((N - n) / W, [&](auto width) { strip(n, width); });
     }
 };
 
@@ -103,6 +151,7 @@ struct Bfloat16Engine {
     using A = uint16_t;
     using B = uint32_t;
     static constexpr bool brief = true;
+    static vf exp2_as_a(vf x) { return exp2_bfloat16(x); }
     static constexpr int pair = 2;
     static constexpr int vectors = 2;
     static constexpr int m_align = 16;
@@ -127,13 +176,28 @@ struct Bfloat16Engine {
     }
     template <int NV>
     static void put_a(A* a, const vf (&x)[NV]) {
-        for (int v = 0; v < NV; ++v) store(reinterpret_cast<bf16*>(a) + v * W, x[v]);
+        int v = 0;
+        for (; v + 2 <= NV; v += 2)
+            _mm512_storeu_si512(a + v * W,
+                                (__m512i)_mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]));
+        if (v < NV) store(reinterpret_cast<bf16*>(a) + v * W, x[v]);
     }
 
     // W numbers of two rows as pairs.
     static void interleave(const A* a, int64_t lda, B* b) {
         const vu low = widen(load_half(a)), high = widen(load_half(a + lda));
         store(reinterpret_cast<float*>(b), (vf)(low | (high << 16)));
+    }
+    static vf words(const bf16* row, int c, int d) {
+        return c + W <= d / 2 ? load(reinterpret_cast<const float*>(row) + c)
+                              : load(reinterpret_cast<const float*>(row) + c, d / 2 - c);
+    }
+    static void rows_to_b(const bf16* const (&row)[pair], int d, B* b) {
+        const auto both = [](vf low, vf high) { return (vf)((vu)low >> 16 | (vu)high); };
+        float* out = reinterpret_cast<float*>(b);
+        int c = 0;
+        for (; c + W <= d; c += W) store(out + c, both(load(row[0] + c), load(row[1] + c)));
+        if (c < d) store(out + c, both(load(row[0] + c, 8), load(row[1] + c, 8)));
     }
     static const B* rows_as_b(const A* a, int lda, int rows, int columns, B* b) {
         for (int r = 0; r < rows; r += 2)

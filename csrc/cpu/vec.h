@@ -87,6 +87,17 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
+// a where it is smaller, else b; b where either is NaN.
+inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 inline vf load(const bf16* p) { return (vf)(widen(load_half(p)) << 16); }
 
 inline void store(bf16* p, vf x) {
@@ -176,51 +187,80 @@ inline void store(T* p, vf x, int n) {
 
 #endif
 
+// out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
+template <class T, class U>
+inline void convert_row(U* out, const T* x, const float* add, float scale, int d) {
+    const auto converted = [&](vf v, int c) { return (add ? v + load(add + c) : v) * scale; };
+    int c = 0;
+    for (; c + W <= d; c += W) store(out + c, converted(load(x + c), c));
+    if (W > 8 && c < d) store(out + c, converted(load(x + c, 8), c), 8);
+}
+
+template <class T, class U>
+inline void copy_row(U* out, const T* x, int d) {
+    convert_row(out, x, nullptr, 1.0f, d);
+}
+inline void copy_row(bf16* out, const bf16* x, int d) {
+    int c = 0;
+    for (; c + 32 <= d; c += 32) std::memcpy(out + c, x + c, 32 * sizeof(bf16));
+    for (; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
+}
+
 // With `write`, for a row that will be stored.
 template <int write = 0, class T>
 inline void prefetch_row(const T* x, int d) {
     for (int c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c, write);
 }
 
-inline vf brief_exp2_near_0(vf r) {
-    vf p = splat(5.5008933e-2f) * r + 2.4221097e-1f;
-    p = p * r + 6.9328290e-1f;
-    return p * r + 1.0f;
+#if defined(__AVX512F__)
+inline vf fraction(vf x) {
+    return (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// x 2^floor(y)
+inline vf scale_by_exp2(vf x, vf y) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)y); }
+
+// 2^r - 1 for r in [0, 1), exact at 0 and at 1.
+inline vf brief_exp2_minus_1(vf r) {
+    return ((splat(7.8267469e-2f) * r + 2.2630836e-1f) * r + 6.9542417e-1f) * r;
 }
 
-#if defined(__AVX512F__)
-// 2^x for any x, 0 and infinity included, in brief.
-inline vf exp2_to_infinity(vf x) {
-    const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (vf)_mm512_scalef_ps((__m512)brief_exp2_near_0(r), (__m512)(x - r));
+// 2^x in brief, as a number that bfloat16 holds.
+inline vf exp2_bfloat16(vf x) {
+    constexpr float magic = 0x1.8p16f;  // adding it to a number of [1, 2] rounds to 7 bits
+    return scale_by_exp2((brief_exp2_minus_1(fraction(x)) + (1.0f + magic)) - magic, x);
 }
 #endif
 
-// 2^x for x <= 128; 2^-125 for anything below -125; NaN stays NaN. The relative error is below
-// 2e-7, or below 1.1e-4 in `brief`, for results that are rounded to bfloat16.
+// 2^x, NaN where x is NaN. The relative error is below 2e-7, or below 1.1e-4 in `brief`, for results
+// that are rounded to bfloat16. With AVX-512 for any x, 0 and infinity included; otherwise x is taken
+// as the nearest number of [-125, 126].
 template <bool brief = false>
 inline vf exp2(vf x) {
-    x = max(splat(-125.0f), x);
+#if defined(__AVX512F__)
+    if constexpr (brief) return scale_by_exp2(brief_exp2_minus_1(fraction(x)) + 1.0f, x);
+    const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    x = max(splat(-125.0f), min(splat(126.0f), x));
     const vf magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
     const vf shifted = x + magic;
     const vf r = x - (shifted - magic);
-    // Minimax polynomials of 2^r on [-1/2, 1/2] that are exact at 0.
-    vf p;
-    if constexpr (brief) {
-        p = brief_exp2_near_0(r);
-    } else {
-        p = splat(1.5345812e-4f) * r + 1.3399931e-3f;
-        p = p * r + 9.6184891e-3f;
-        p = p * r + 5.5503286e-2f;
-        p = p * r + 2.4022646e-1f;
-        p = p * r + 6.9314718e-1f;
-        p = p * r + 1.0f;
-    }
+#endif
+    // A minimax polynomial of 2^r on [-1/2, 1/2] that is exact at 0.
+    vf p = splat(1.5345812e-4f) * r + 1.3399931e-3f;
+    p = p * r + 9.6184891e-3f;
+    p = p * r + 5.5503286e-2f;
+    p = p * r + 2.4022646e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
+#else
     return as_float(as_int(p) + (as_int(shifted) << 23));
+#endif
 }
 
-// log2(x) for a normal x > 0; NaN stays NaN.
-inline vf log2(vf x) {
+// Natural logarithm of a normal x > 0; NaN stays NaN.
+inline vf log(vf x) {
     // x = 2^e (1 + m) with 1 + m in [sqrt(1/2), sqrt(2)).
     const vi bits = as_int(x) - 0x3f3504f3;
     const vf e = __builtin_convertvector(bits >> 23, vf);
@@ -232,7 +272,8 @@ inline vf log2(vf x) {
     p = p * s2 + 2.0f / 5;
     p = p * s2 + 2.0f / 3;
     p = p * s2 + 2.0f;
-    const vf y = p * s * 1.44269504f + e;
+    // log(2) in two parts: its product with e is exact in the first.
+    const vf y = e * 0.693359375f + (e * -2.12194440e-4f + p * s);
     return x != x ? x : y;
 }
 
@@ -264,15 +305,27 @@ inline vf reciprocal(vf x) {
 #define DIFFIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
 #endif
 
-// dst[c][r] = src[r][c] for 32-bit elements; rows and columns are multiples of W.
-inline void transpose(const void* src, int64_t src_stride, void* dst, int64_t dst_stride, int rows,
-                      int columns) {
-    const float* in = static_cast<const float*>(src);
+// Lane i: the numbers of x[i] combined by `of`, which takes two vectors.
+template <class Of>
+inline vf across_lanes(const vf (&x)[W], const Of& of) {
+    vf y[W];
+    for (int i = 0; i < W; ++i) y[i] = x[i];
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+            y[i] = of(DIFFIT_SHUFFLE(y[i], y[i + half], DIFFIT_LOW),
+                      DIFFIT_SHUFFLE(y[i], y[i + half], DIFFIT_HIGH));
+    return y[0];
+}
+
+// dst[c][r] = row(r, c)[0] for 32-bit elements, W of which row(r, c) gives at once; rows and columns are
+// multiples of W.
+template <class Row>
+inline void transpose(const Row& row, void* dst, int64_t dst_stride, int rows, int columns) {
     float* out = static_cast<float*>(dst);
     for (int r = 0; r < rows; r += W) {
         for (int c = 0; c < columns; c += W) {
             vf x[W], y[W];
-            for (int i = 0; i < W; ++i) x[i] = load(in + (r + i) * src_stride + c);
+            for (int i = 0; i < W; ++i) x[i] = row(r + i, c);
             // log2(W) rounds of interleaving rows i and i + W / 2.
             for (int width = 1; width < W; width *= 2) {
                 for (int i = 0; i < W / 2; ++i) {
@@ -284,6 +337,12 @@ inline void transpose(const void* src, int64_t src_stride, void* dst, int64_t ds
             for (int i = 0; i < W; ++i) store(out + (c + i) * dst_stride + r, x[i]);
         }
     }
+}
+inline void transpose(const void* src, int64_t src_stride, void* dst, int64_t dst_stride, int rows,
+                      int columns) {
+    const float* in = static_cast<const float*>(src);
+    transpose([&](int r, int c) { return load(in + r * src_stride + c); }, dst, dst_stride, rows,
+              columns);
 }
 
 }  // namespace

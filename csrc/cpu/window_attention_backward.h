@@ -1,13 +1,37 @@
 // Backward of windowed attention with a relative position bias, for a group of heads of a chunk of
-// windows. The layout of logits and bias is that of the forward pass.
+// windows.
+//
+// Everything is computed transposed: logits S^T (keys, queries), in base 2, a block of queries in the
+// lanes of a vector, so that softmax and delta need no horizontal sums. The gradient of the table is
+// summed in the layout of the expanded bias, with vectors, and folded once per item: no scatter, no
+// atomics.
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 
-#include "window_attention.h"
+#include "window_operands.h"
 
 namespace diffit {
 namespace {
+
+// logits += bias; returns their maximum over the keys.
+template <class E, int NV>
+inline void add_bias(const Sizes<E>& s, float* logits, const float* bias, const int32_t* row,
+                     vf (&top)[NV]) {
+    constexpr int NQ = block_of<E>;
+    for (int v = 0; v < NV; ++v) top[v] = splat(-INFINITY);
+    for (int j = 0; j < s.M; ++j) {
+        for (int v = 0; v < NV; ++v) {
+            const vf x = load(logits + j * NQ + v * W) + load(bias + row[j] + v * W);
+            store(logits + j * NQ + v * W, x);
+            top[v] = max(top[v], x);
+        }
+    }
+}
+
+// Keys whose terms are summed on their own before they join a sum: keeps rounding errors small.
+constexpr int sum_block = 32;
 
 // sums[c] += scale * (the sum of the rows)[c] for c < d. Only four rows at a time are added in single
 // precision; to convert each of them would cost more than the sum.
@@ -34,8 +58,9 @@ struct Backward {
     Operands<E> o;
     Rows<A> grads;
     A *keys_t, *probabilities, *grad_logits;
-    B *grads_t, *grads_b, *queries_b, *grad_logits_b;
-    float *grad_probabilities, *grad_keys, *grad_values, *grad_bias;
+    B *queries_t, *grads_t, *grads_b, *queries_b, *grad_logits_b, *spare;
+    float *logits, *grad_probabilities, *grad_queries, *grad_queries_t, *grad_keys, *grad_values,
+        *grad_bias;
     double* grad_bias_total;
     int64_t bias_size;       // of a head
     int64_t bias_sums_size;  // of the group
@@ -43,8 +68,14 @@ struct Backward {
     Backward(const WindowAttention& p, char* scratch)
         : arena(scratch), s(p), o(arena, p, s), grads(arena, p.group, s.m_pad, s.d_pad) {
         const int64_t window = int64_t(s.m_pad) * s.d_pad, block = round_up(NQ, E::pad) * s.d_pad;
+        const int64_t block_t = round_up(s.d_pad, W * E::pair) * NQ;
         keys_t = arena.take<A>(window);
-        grads_t = arena.take<B>(round_up(s.d_pad, W * E::pair) * NQ);
+        queries_t = arena.take<B>(block_t);
+        grads_t = arena.take<B>(block_t);
+        spare = arena.take<B>(window);
+        logits = arena.take<float>(int64_t(s.m_pad) * NQ);
+        grad_queries = arena.take<float>(int64_t(s.d_pad) * NQ);
+        grad_queries_t = arena.take<float>(int64_t(s.d_pad) * NQ);
         grads_b = arena.take<B>(block);
         queries_b = arena.take<B>(block);
         probabilities = arena.take<A>(int64_t(s.m_pad) * NQ);
@@ -98,7 +129,7 @@ struct Backward {
         T* grad_q = static_cast<T*>(p.grad_qkv) +
                     (group.sample * p.tokens() + group.token) * 3 * dim + head * s.d;
         const int columns = round_up(s.d, W);
-        columns_as_a<E>(keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, o.spare);
+        columns_as_a<E>(keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, spare);
         std::memset(grad_keys, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
         std::memset(grad_values, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
         // Probabilities sum to 1, so what v_row was added to passes its gradient on as it is.
@@ -122,12 +153,12 @@ struct Backward {
                     for (int part = 0; part < 3; ++part) prefetch_row<1>(row + part * dim, s.d);
                 }
             };
-            columns_as_b<E>(queries, s.d_pad, lanes, s.d_k, o.queries_t, NQ);
+            columns_as_b<E>(queries, s.d_pad, lanes, s.d_k, queries_t, NQ);
             columns_as_b<E>(grad_out, s.d_pad, lanes, s.d_k, grads_t, NQ);
 
             // S^T = K Q^T, dP^T = V dO^T
-            E::template gemm<false>(s.m_rows, lanes, s.d_k, keys, s.d_pad, o.queries_t, NQ,
-                                    o.logits, NQ);
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, keys, s.d_pad, queries_t, NQ,
+                                    logits, NQ);
             E::template gemm<false>(s.m_rows, lanes, s.d_k, values, s.d_pad, grads_t, NQ,
                                     grad_probabilities, NQ);
             const int64_t shift = p.table ? first : 0;
@@ -146,12 +177,12 @@ struct Backward {
 
             // dQ^T = K^T dS^T
             E::template gemm<false>(s.d_rows, lanes, s.m_k, keys_t, s.m_pad, grad_logits_b, NQ,
-                                    o.result, NQ);
-            transpose(o.result, NQ, o.transposed, s.d_pad, columns, lanes);
+                                    grad_queries_t, NQ);
+            transpose(grad_queries_t, NQ, grad_queries, s.d_pad, columns, lanes);
             if (p.grad_q_row)
-                add_rows(grad_rows, o.transposed, s.d_pad, count, p.scale, s.d);
+                add_rows(grad_rows, grad_queries, s.d_pad, count, p.scale, s.d);
             for (int r = 0; r < count; ++r)
-                convert_row(grad_q + tokens[first + r] * 3 * dim, o.transposed + r * s.d_pad,
+                convert_row(grad_q + tokens[first + r] * 3 * dim, grad_queries + r * s.d_pad,
                             nullptr, p.scale, s.d);
         }
         for (int j = 0; j < s.M; ++j) {
@@ -169,7 +200,7 @@ struct Backward {
                       const Prefetch& prefetch) const {
         const int32_t* row = o.layout.bias;
         vf top[NV], sum[NV] = {}, delta[NV] = {}, x[NV], y[NV];
-        add_bias<E, NV>(s, o.logits, bias, row, top);
+        add_bias<E, NV>(s, logits, bias, row, top);
         // Lanes past the last query see the bias of no query. If it is -inf all over, P must still be
         // a number there, since products multiply it by the zero rows of dO and Q.
         float least[NQ];
@@ -180,10 +211,10 @@ struct Backward {
             for (int j = first; j < s.M && j < first + sum_block; ++j) {
                 for (int v = 0; v < NV; ++v) {
                     const int i = j * NQ + v * W;
-                    const vf e = exp2<E::brief>(load(o.logits + i) - top[v]);
+                    const vf e = exp2<E::brief>(load(logits + i) - top[v]);
                     sum_part[v] += e;
                     delta_part[v] += e * load(grad_probabilities + i);
-                    store(o.logits + i, e);
+                    store(logits + i, e);
                 }
                 prefetch(j);
             }
@@ -193,14 +224,14 @@ struct Backward {
             }
         }
         for (int v = 0; v < NV; ++v) {
-            sum[v] = 1.0f / sum[v];
+            sum[v] = 1.0f / max(splat(FLT_MIN), sum[v]);
             delta[v] *= sum[v];
         }
         const auto grad_row = [&](int j, vf(&out)[NV]) {
             vf probability[NV];
             for (int v = 0; v < NV; ++v) {
                 const int i = j * NQ + v * W;
-                probability[v] = load(o.logits + i) * sum[v];
+                probability[v] = load(logits + i) * sum[v];
                 out[v] = probability[v] * (load(grad_probabilities + i) - delta[v]);
                 float* total = grad_bias_row + row[j] + v * W;
                 store(total, load(total) + out[v]);

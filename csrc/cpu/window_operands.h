@@ -9,6 +9,7 @@ namespace diffit {
 namespace {
 
 constexpr double log2_e = 1.4426950408889634;
+constexpr float ln_2 = 0.693147181f;
 
 // Takes pieces off a block of scratch memory. The memory is zero when a thread begins, and an item
 // leaves what pads keys, values and queries at 0. Lanes of P and dS past the last query hold other
@@ -30,7 +31,6 @@ constexpr int block_of = E::vectors * W;  // queries in a block
 
 template <class E>
 struct Sizes {
-    static constexpr int NQ = block_of<E>;
     int M, d, ww;
     int m_rows, m_k, m_pad;  // window tokens as rows of A, as k, and as packed
     int d_rows, d_k, d_pad;  // head width likewise
@@ -42,7 +42,15 @@ struct Sizes {
           d_k(round_up(d, E::k_align)), d_pad(round_up(d, E::pad)) {}
 };
 
-// Where the tokens of a window lie in its sample, and their keys' rows in the expanded bias.
+// Where the tokens of a window lie in its sample, and the rows of their logits in the expanded bias.
+//
+// The bias is expanded once per call so that a row of logits reads it contiguously. The forward pass
+// has a row for each query i and a column for each key j, with dx = xj - xi; for one column xi of
+// queries, with dy = yj - yi,
+//     bias[xi][(dy + wh - 1) ww + xj] = table[(wh - 1 - dy)(2 ww - 1) + ww - 1 - dx]
+// and the row of query (yi, xi) is bias[xi] + (wh - 1 - yi) ww, for keys 0 .. M - 1 in order. The
+// backward pass has rows of keys and columns of queries: the same with i and j exchanged and the
+// table read from its end.
 struct Layout {
     int64_t* token;
     int32_t* bias;
@@ -96,38 +104,19 @@ inline void for_each_window(const WindowAttention& p, int64_t item, const Each& 
     for (int64_t w = first; w < p.windows() && w < first + p.chunk; ++w) each(Group(p, w, head));
 }
 
-// out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
-template <class T, class U>
-inline void convert_row(U* out, const T* x, const float* add, float scale, int d) {
-    const auto converted = [&](vf v, int c) { return (add ? v + load(add + c) : v) * scale; };
-    int c = 0;
-    for (; c + W <= d; c += W) store(out + c, converted(load(x + c), c));
-    if (W > 8 && c < d) store(out + c, converted(load(x + c, 8), c), 8);
-}
-
-template <class T, class U>
-inline void copy_row(U* out, const T* x, int d) {
-    convert_row(out, x, nullptr, 1.0f, d);
-}
-inline void copy_row(bf16* out, const bf16* x, int d) {
-    int c = 0;
-    for (; c + 32 <= d; c += 32) std::memcpy(out + c, x + c, 32 * sizeof(bf16));
-    for (; c < d; c += 8) std::memcpy(out + c, x + c, 8 * sizeof(bf16));
-}
-
 inline float* packed(float* a) { return a; }
 inline bf16* packed(uint16_t* a) { return reinterpret_cast<bf16*>(a); }
 
 // Walks over the rows of the next window while this one is computed, in the order of memory: one row
-// for every `blocks` calls, so that the calls of all heads and blocks of queries take each row once.
+// for every `calls`, so that the calls of all heads and blocks of queries take each row once.
 class Ahead {
 public:
-    Ahead(int heads, int blocks) : heads_(heads), blocks_(blocks) {}
+    explicit Ahead(int heads, int calls = 1) : heads_(heads), calls_of_row_(calls) {}
 
     // touch(token of the window, head of the group)
     template <class Touch>
     void step(const Touch& touch) {
-        if (++calls_ < blocks_) return;
+        if (++calls_ < calls_of_row_) return;
         calls_ = 0;
         touch(token_, head_);
         if (++head_ < heads_) return;
@@ -136,7 +125,7 @@ public:
     }
 
 private:
-    int heads_, blocks_, calls_ = 0, head_ = 0, token_ = 0;
+    int heads_, calls_of_row_, calls_ = 0, head_ = 0, token_ = 0;
 };
 
 // The rows of a group of heads, one head after the other.
@@ -191,34 +180,20 @@ inline void load_row(float* out, const void* row, int64_t offset, int64_t d) {
     }
 }
 
-// Packed rows of a group of heads of a window, and what a block of queries needs.
+// Rows of a group of heads of a window.
 template <class E>
 struct Operands {
-    static constexpr int NQ = block_of<E>;
-    using A = typename E::A;
-    using B = typename E::B;
     Layout layout;
-    Rows<A> queries, keys, values;
-    B *queries_t, *spare;
-    float *q_row, *logits, *result, *transposed;
+    Rows<typename E::A> queries, keys, values;
+    float* q_row;
 
     Operands(Arena& arena, const WindowAttention& p, const Sizes<E>& s)
         : layout(arena, p), queries(arena, p.group, s.m_pad, s.d_pad),
-          keys(arena, p.group, s.m_pad, s.d_pad), values(arena, p.group, s.m_pad, s.d_pad) {
-        queries_t = arena.take<B>(queries_t_size(s));
-        spare = arena.take<B>(int64_t(s.m_pad > NQ ? s.m_pad : NQ) * s.d_pad);
-        q_row = arena.take<float>(p.group * s.d + W);
-        logits = arena.take<float>(int64_t(s.m_pad) * NQ);
-        result = arena.take<float>(int64_t(s.d_pad) * NQ);
-        transposed = arena.take<float>(int64_t(s.d_pad) * NQ);
-    }
+          keys(arena, p.group, s.m_pad, s.d_pad), values(arena, p.group, s.m_pad, s.d_pad),
+          q_row(arena.take<float>(p.group * s.d + W)) {}
 
-    static int64_t queries_t_size(const Sizes<E>& s) {
-        return int64_t(round_up(s.d_pad, W * E::pair)) * NQ;
-    }
-
-    // The group's rows; queries in base 2. Memory is read in its own order, all heads of a token
-    // together: the hardware follows that, and by heads it would come at half the speed.
+    // Queries in base 2. Memory is read in its own order, all heads of a token together: the hardware
+    // follows that, and by heads it would come at half the speed.
     template <class T>
     void pack(const WindowAttention& p, const Sizes<E>& s, const Group& group) const {
         const T* q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);

@@ -94,6 +94,17 @@ def test_scale(backend: str, window: tuple[int, int], scale: float, dtype: torch
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shift", [-170.0, -40.0, 40.0, 170.0])
+@pytest.mark.parametrize("window", [(3, 5), (7, 7), (8, 8)])
+def test_logits_far_from_zero(
+    backend: str, window: tuple[int, int], shift: float, dtype: torch.dtype
+) -> None:
+    """Their exponentials themselves overflow or underflow."""
+    check(AttentionCase(window, 24, shift=shift, dtype=dtype))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 @pytest.mark.parametrize("window", [(3, 5), (7, 7)])
 def test_equal_tokens(
