@@ -101,28 +101,28 @@ void bias_gelu_backward(const Rows& shape, Address hidden, Address bias, Address
     diffit::bias_gelu_backward(g, static_cast<int>(shape[3]));
 }
 
-// rows, in_features, out_features, whether the weight is transposed, threads
-using LinearShape = std::array<int64_t, 5>;
+// rows, in_features, out_features, dtype, whether the weight is transposed, threads
+using LinearShape = std::array<int64_t, 6>;
 
 void linear(const LinearShape& shape, Address x, Address weight, Address bias, Address y) {
     diffit::Linear p{};
     p.rows = shape[0];
     p.k = shape[1];
     p.n = shape[2];
+    p.dtype = p.y_dtype = static_cast<diffit::DType>(shape[3]);
     p.x = pointer<void>(x);
     p.bias = pointer<void>(bias);
-    p.y_dtype = diffit::DType::bfloat16;
     p.y = pointer<void>(y);
     diffit::Weight w{};
     w.n = p.n;
     w.k = p.k;
     w.data = pointer<void>(weight);
-    w.transposed = shape[3];
-    diffit::linear(p, w, static_cast<int>(shape[4]));
+    w.transposed = shape[4];
+    diffit::linear(p, w, static_cast<int>(shape[5]));
 }
 
-// rows, in_features, hidden_features, out_features, dtype of y, threads
-using MLPShape = std::array<int64_t, 6>;
+// rows, in_features, hidden_features, out_features, dtype, dtype of y, threads
+using MLPShape = std::array<int64_t, 7>;
 
 void mlp(const MLPShape& shape, Address x, Address fc1_weight, Address fc1_bias,
          Address fc2_weight, Address fc2_bias, Address residual, Address hidden, Address y) {
@@ -131,7 +131,8 @@ void mlp(const MLPShape& shape, Address x, Address fc1_weight, Address fc1_bias,
     p.in_features = shape[1];
     p.hidden_features = shape[2];
     p.out_features = shape[3];
-    p.y_dtype = static_cast<diffit::DType>(shape[4]);
+    p.dtype = static_cast<diffit::DType>(shape[4]);
+    p.y_dtype = static_cast<diffit::DType>(shape[5]);
     p.x = pointer<void>(x);
     p.fc1_weight = pointer<void>(fc1_weight);
     p.fc1_bias = pointer<void>(fc1_bias);
@@ -140,7 +141,7 @@ void mlp(const MLPShape& shape, Address x, Address fc1_weight, Address fc1_bias,
     p.residual = pointer<void>(residual);
     p.hidden = pointer<void>(hidden);
     p.y = pointer<void>(y);
-    diffit::mlp(p, static_cast<int>(shape[5]));
+    diffit::mlp(p, static_cast<int>(shape[6]));
 }
 
 // rows, features, dtype of x, dtype of y, threads

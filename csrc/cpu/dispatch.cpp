@@ -174,11 +174,22 @@ void expand_bias(WindowAttention& p, bool of_queries, int threads) {
 // How the rows and columns of a linear layer are cut changes none of its numbers.
 constexpr int64_t rows_of_item = 64;
 
+// The most rows that an item has.
+int64_t most_rows(const Linear& p) {
+    return std::min(p.rows, p.rows / p.row_blocks + 2 * linear_block);
+}
+
 void run_linear(Linear p, const Kernels& k, int threads) {
-    p.row_blocks = std::max<int64_t>(1, p.rows / (2 * rows_of_item));
+    // Packed weights of floats come from the third-level cache: once for more rows, where there are.
+    const int64_t rows =
+        p.dtype == DType::float32
+            ? std::clamp(p.rows / (2 * threads), rows_of_item, 4 * rows_of_item)
+            : 2 * rows_of_item;
+    p.row_blocks = std::max<int64_t>(1, p.rows / rows);
     const int64_t wanted = 4 * threads / p.row_blocks, most = p.n / (4 * linear_block);
     p.column_blocks = std::max<int64_t>(1, std::min(wanted, most));
-    for_each_item(k, p.row_blocks * p.column_blocks, linear_scratch, threads,
+    const size_t bytes = linear_scratch(p, most_rows(p));
+    for_each_item(k, p.row_blocks * p.column_blocks, bytes, threads,
                   [&](int64_t item, char* scratch) { k.linear(p, item, scratch); });
 }
 
@@ -276,22 +287,26 @@ bool has_linear(DType dtype) { return kernels(dtype).linear != nullptr; }
 
 void linear(Linear p, Weight w, int threads) {
     static thread_local Scratch scratch;
-    const Kernels& k = kernels(DType::bfloat16);
-    p.packed = w.packed = scratch.reserve(p.n * p.k * sizeof(uint16_t));
+    const Kernels& k = kernels(p.dtype);
+    p.packed = w.packed = scratch.reserve(p.n * p.k * packed_size(p.dtype));
     for_each_item(k, w.panels(), 0, threads, [&](int64_t panel, char*) { k.pack(w, panel); });
     run_linear(p, k, threads);
 }
 
-// A block of rows goes through both layers at once, where there are enough blocks for the threads.
+// A block of rows goes through both layers at once, where there are enough blocks for the threads and
+// its hidden layer stays in the second-level cache.
 void mlp(const MLP& m, int threads) {
     static thread_local Scratch scratch;
-    const Kernels& k = kernels(DType::bfloat16);
-    const bool at_once = m.rows / linear_block >= threads;
-    const int64_t size1 = m.hidden_features * m.in_features;
-    const int64_t size2 = m.out_features * m.hidden_features;
-    const int64_t hidden_size = at_once ? 0 : m.rows * m.hidden_features;
-    uint16_t* memory = reinterpret_cast<uint16_t*>(
-        scratch.reserve((size1 + size2 + hidden_size) * sizeof(uint16_t)));
+    const Kernels& k = kernels(m.dtype);
+    const auto hidden_size = [&](int64_t rows) {
+        return (rows + linear_block - 1) / linear_block * linear_block * m.hidden_features *
+               packed_size(m.dtype);
+    };
+    const bool at_once =
+        m.rows / linear_block >= threads && hidden_size(rows_of_item) <= (1 << 20);
+    const int64_t size1 = m.hidden_features * m.in_features * packed_size(m.dtype);
+    const int64_t size2 = m.out_features * m.hidden_features * packed_size(m.dtype);
+    char* memory = scratch.reserve(size1 + size2 + (at_once ? 0 : hidden_size(m.rows)));
     const Weight w1{m.hidden_features, m.in_features, m.fc1_weight, false, memory};
     const Weight w2{m.out_features, m.hidden_features, m.fc2_weight, false, memory + size1};
     for_each_item(k, w1.panels() + w2.panels(), 0, threads, [&](int64_t i, char*) {
@@ -299,6 +314,7 @@ void mlp(const MLP& m, int threads) {
     });
     Linear fc1{}, fc2{};
     fc1.rows = fc2.rows = m.rows;
+    fc1.dtype = fc2.dtype = m.dtype;
     fc1.k = m.in_features;
     fc1.n = fc2.k = m.hidden_features;
     fc2.n = m.out_features;
@@ -309,7 +325,8 @@ void mlp(const MLP& m, int threads) {
     fc2.bias = m.fc2_bias;
     fc1.gelu = true;
     fc1.product = m.hidden;
-    fc1.y_dtype = DType::bfloat16;
+    fc1.y_dtype = m.dtype;
+    fc2.x_packed = true;
     fc2.y_dtype = m.y_dtype;
     fc2.residual = m.residual;
     fc2.y = m.y;
@@ -320,8 +337,9 @@ void mlp(const MLP& m, int threads) {
     }
     fc1.row_blocks = fc2.row_blocks =
         std::max<int64_t>(std::min<int64_t>(threads, m.rows / linear_block), m.rows / rows_of_item);
-    const int64_t most_rows = m.rows / fc1.row_blocks + 2 * linear_block;
-    const size_t bytes = linear_scratch + most_rows * fc1.n * sizeof(uint16_t);
+    const int64_t rows = most_rows(fc1);
+    const size_t bytes =
+        std::max(linear_scratch(fc1, rows), linear_scratch(fc2, rows)) + hidden_size(rows);
     for_each_item(k, fc1.row_blocks, bytes, threads, [&](int64_t item, char* scratch) {
         k.mlp(fc1, fc2, item, scratch);
     });

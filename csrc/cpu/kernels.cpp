@@ -37,12 +37,14 @@ constexpr Kernels kernels_of() {
             nullptr};
 }
 
-constexpr Kernels kernels_of_bfloat16() {
-    Kernels kernels = kernels_of<EngineOfBfloat16, bf16>();
+template <class T>
+constexpr Kernels with_linear(Kernels kernels) {
 #if defined(__AMX_BF16__)
-    kernels.pack = LinearKernel::pack;
-    kernels.linear = LinearKernel::run;
-    kernels.mlp = LinearKernel::mlp;
+    kernels.enter = Bfloat16Engine::enter;
+    kernels.leave = Bfloat16Engine::leave;
+    kernels.pack = LinearKernel<T>::pack;
+    kernels.linear = LinearKernel<T>::run;
+    kernels.mlp = LinearKernel<T>::mlp;
 #endif
     return kernels;
 }
@@ -55,8 +57,8 @@ constexpr Kernels kernels_of_bfloat16() {
 namespace DIFFIT_ISA {
 extern const InstructionSet instruction_set;
 const InstructionSet instruction_set = {DIFFIT_STRING(DIFFIT_ISA),
-                                        {kernels_of<FloatEngine, float>(),
-                                         kernels_of_bfloat16(),
+                                        {with_linear<float>(kernels_of<FloatEngine, float>()),
+                                         with_linear<bf16>(kernels_of<EngineOfBfloat16, bf16>()),
                                          kernels_of<FloatEngine, fp16>()}};
 }  // namespace DIFFIT_ISA
 

@@ -1,6 +1,7 @@
 // What the CPU kernels are asked to do: plain data, shared by all instruction sets.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -55,29 +56,31 @@ struct Weight {
     int64_t n, k;
     const void* data;  // (n, k), or if transposed (k, n)
     bool transposed;
-    void* packed;  // n k numbers
+    void* packed;  // n k numbers of packed_size
     int64_t panels() const { return n / linear_block; }
 };
 
-// y = f(x w^T + bias) + residual in bfloat16, f the identity or tanh-GELU.
+// y = f(x w^T + bias) + residual in dtype, f the identity or tanh-GELU.
 struct Linear {
     int64_t rows, n, k;  // rows at least, n and k a multiple of linear_block
-    const void* x;       // (rows, k)
+    DType dtype;
+    const void* x;       // (rows, k), or if x_packed the y of a layer with GELU
+    bool x_packed;
     const void* packed;  // the weight
     const void* bias;    // (n,) or null
-    bool gelu;
+    bool gelu;  // then y is packed for the next layer
     void* product;  // (rows, n), x w^T, or null
-    DType y_dtype;  // bfloat16, or without GELU float32
+    DType y_dtype;  // dtype, or without GELU float32
     const void* residual;  // (rows, n) in y_dtype, or null
     void* y;               // (rows, n) in y_dtype
 
     int64_t row_blocks, column_blocks;  // into which it is cut
 };
 
-// y = gelu(x w1^T + b1) w2^T + b2 + residual, all but residual and y in bfloat16.
+// y = gelu(x w1^T + b1) w2^T + b2 + residual, all but residual and y in dtype.
 struct MLP {
     int64_t rows, in_features, hidden_features, out_features;  // as the sizes of Linear
-    DType y_dtype;
+    DType dtype, y_dtype;
     const void *x, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *residual;
     void* hidden;  // (rows, hidden_features), x w1^T, or null
     void* y;
@@ -138,7 +141,22 @@ struct InstructionSet {
     Kernels kernels[3];  // by DType
 };
 
-constexpr size_t linear_scratch = 2 * linear_block * linear_block * sizeof(float);
+// Bytes of a number that is packed for products: in bfloat16, floats as three of those.
+constexpr int64_t packed_size(DType dtype) { return dtype == DType::float32 ? 6 : 2; }
+
+// Floats are multiplied and added up over blocks of k of this length at most.
+constexpr int64_t linear_k_block = 576;
+
+// Of an item of so many rows: two blocks of sums, and of floats a block of k of x, packed, and the
+// sums of the blocks before.
+inline size_t linear_scratch(const Linear& p, int64_t rows) {
+    size_t bytes = 2 * linear_block * linear_block * sizeof(float);
+    if (p.dtype != DType::float32) return bytes;
+    rows = (rows + linear_block - 1) / linear_block * linear_block;
+    if (!p.x_packed) bytes += rows * std::min(p.k, linear_k_block) * packed_size(p.dtype);
+    if (p.k > linear_k_block) bytes += rows * p.n * sizeof(float);
+    return bytes;
+}
 
 // Lanes that a kernel may touch past the end of the expanded bias, and of its gradient in scratch.
 constexpr int64_t bias_slack = 64;

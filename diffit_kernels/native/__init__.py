@@ -35,8 +35,10 @@ except ImportError as error:
 # the system. It grows with the weights, which the products read anew for each part.
 _HIDDEN_BYTES = 8 * 2**20
 
-# Of rows, and a factor of all features, that the kernels of linear layers take.
+# A factor of all features that the kernels of linear layers take.
 _LINEAR_BLOCK = 32
+# The least rows that they take, by dtype: in float32, those that make up for packing the weights.
+_LEAST_ROWS = {torch.float32: 1024, torch.bfloat16: 32}
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -110,9 +112,9 @@ def _shape(problem: WindowAttentionProblem) -> tuple[int, ...]:
 def has_product(dtype: torch.dtype, rows: int, *features: int) -> bool:
     """Whether there is a kernel of linear layers, faster than PyTorch's, for these sizes."""
     return (
-        dtype in _DTYPES
+        dtype in _LEAST_ROWS
         and _module.has_linear(_DTYPES[dtype])
-        and rows >= _LINEAR_BLOCK
+        and rows >= _LEAST_ROWS[dtype]
         and all(count % _LINEAR_BLOCK == 0 for count in features)
     )
 
@@ -138,7 +140,7 @@ def _linear(
     x, bias = x.contiguous(), _optional(bias)
     y = x.new_empty(x.shape[0], columns)
     _module.linear(
-        (*x.shape, columns, transposed, torch.get_num_threads()),
+        (*x.shape, columns, _DTYPES[x.dtype], transposed, torch.get_num_threads()),
         x.data_ptr(),
         weight.data_ptr(),
         _pointer(bias),
@@ -253,6 +255,7 @@ def _fused_mlp(
             problem.in_features,
             problem.hidden_features,
             problem.out_features,
+            _DTYPES[problem.dtype],
             _DTYPES[y.dtype],
             torch.get_num_threads(),
         ),
