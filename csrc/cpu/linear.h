@@ -1,8 +1,8 @@
 // y = f(x w^T + bias) + residual on the tile registers of AMX, f the identity or GELU.
 //
 // They multiply bfloat16. A float is the sum of three of those, and the product of two floats that of
-// six pairs of their parts; the other three pairs are below its rounding. Infinity becomes NaN, and a
-// part below 2^-126 counts as zero.
+// six pairs of their parts; the other three pairs are smaller than its rounding, of either sign.
+// Infinity becomes NaN, and a part below 2^-126 counts as zero.
 //
 // A block of 32 x 32 sums stays in four tile registers while the product runs over k. What
 // then remains to be done for it, f and all that is added, is done between the steps of the next
@@ -31,7 +31,7 @@ struct LinearKernel {
     static constexpr int64_t resident = 1 << 20;  // bytes that stay in the second-level cache
 
     // The parts of x have no more bits than bfloat16. Rounding the first could make it infinite;
-    // truncating the second would give what is left out the sign of the product.
+    // truncating the second would give the products left out the sign of those kept.
     static void split_up(vf x, vf (&part)[3]) {
         const vu upper = vu{} + 0xffff0000u;
         part[0] = (vf)((vu)x & upper);
@@ -54,15 +54,24 @@ struct LinearKernel {
         }
     }
 
+    // Inlined, or it would be compiled for any number of rows and columns.
+    __attribute__((flatten)) static void transpose_tile(const void* data, int64_t stride,
+                                                        void* out) {
+        transpose(data, stride, out, W, W, W);
+    }
+
     static void pack_tile(const bf16* data, const Weight& w, uint32_t* out) {
-        if (!w.transposed) return transpose(data, w.k / 2, out, W, W, W);
+        if (!w.transposed) return transpose_tile(data, w.k / 2, out);
         for (int pair = 0; pair < W; ++pair)
             E::interleave(&data->bits + 2 * pair * w.n, w.n, out + pair * W);
     }
 
     static void pack_tile(const float* data, const Weight& w, uint32_t* out) {
         float columns[N * W];
-        if (!w.transposed) transpose(data, w.k, columns, W, W, N);
+        if (!w.transposed) {
+            transpose_tile(data, w.k, columns);
+            transpose_tile(data + W, w.k, columns + W * W);
+        }
         const float* rows = w.transposed ? data : columns;
         const int64_t stride = w.transposed ? w.n : W;
         for (int pair = 0; pair < W; ++pair) {
@@ -174,8 +183,8 @@ struct LinearKernel {
     // N x N sums, and where they belong.
     struct Block {
         float* sums;
-        float* so_far;  // sums over k before, if k is taken in blocks
-        bool first, last;
+        float* so_far;  // where k is taken in blocks: sums of those before
+        bool first, last;  // of them
         int64_t index, row, column;
     };
 
@@ -192,7 +201,7 @@ struct LinearKernel {
             for (int half = 0; half < 2; ++half) {
                 const int64_t at = (block.row + r) * p.n + block.column + half * W;
                 vf x = load(block.sums + r * N + half * W);
-                if constexpr (split) {
+                if (split && block.so_far) {
                     float* so_far = block.so_far + r * N + half * W;
                     if (!block.first) x = x + load(so_far);
                     if (!block.last) {
@@ -256,7 +265,7 @@ struct LinearKernel {
                 const int64_t m = by_rows ? i / panels : i % blocks;
                 const int64_t panel = by_rows ? i % panels : i / blocks;
                 const Block block{sums + count % 2 * N * N,
-                                  so_far + (m * panels + panel) * N * N,
+                                  k_blocks > 1 ? so_far + (m * panels + panel) * N * N : nullptr,
                                   k_block == 0,
                                   k_block + 1 == k_blocks,
                                   m,
@@ -264,7 +273,7 @@ struct LinearKernel {
                                   (first_panel + panel) * N};
                 const auto between = [&](int step) {
                     const int first = step * rows_of_step, last = std::min(first + rows_of_step, N);
-                    for (int r = first; r < last && block.last; ++r) {
+                    for (int r = first; r < last && (!split || block.last); ++r) {
                         const int64_t at = (block.row + r) * p.n + block.column;
                         if (!(split && activate)) prefetch_row<1>(static_cast<Y*>(p.y) + at, N);
                         if (p.product) prefetch_row<1>(static_cast<T*>(p.product) + at, N);
@@ -272,11 +281,11 @@ struct LinearKernel {
                     if (before.sums) finish<activate, Y>(p, before, first, last);
                 };
                 const uint16_t* x = static_cast<const uint16_t*>(p.x);
-                Rows rows{x + block.row * p.k, W * p.k, N, p.k * 2};
-                if (split && p.x_packed)
-                    rows = {x + (m * all_steps + first_step) * step_size, tile, step_size, 64};
-                else if (split)
-                    rows = {packed_x + m * steps * step_size, tile, step_size, 64};
+                Rows rows{packed_x + m * steps * step_size, tile, step_size, 64};
+                if (!split)
+                    rows = {x + block.row * p.k, W * p.k, N, p.k * 2};
+                else if (p.x_packed)
+                    rows.data = x + (m * all_steps + first_step) * step_size;
                 const uint16_t* b = static_cast<const uint16_t*>(p.packed) +
                                     ((first_panel + panel) * all_steps + first_step) * step_size;
                 product(steps, rows, b, block.sums, between);

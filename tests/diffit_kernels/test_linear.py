@@ -1,4 +1,4 @@
-"""Products in bfloat16 where PyTorch's are not the fastest: the kernel on tile registers."""
+"""Products where PyTorch's are not the fastest: the kernel on tile registers."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ SHAPES = [
     (1029, 64, 128),
     (64, 4608, 64),
 ]
+DTYPES = [torch.float32, torch.bfloat16]
 OPERATORS = (torch.ops.diffit.linear, torch.ops.diffit.linear_backward)
 
 
 @pytest.fixture(autouse=True)
-def fastest_instructions() -> None:
+def fastest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users have them; elsewhere these tests would be PyTorch against itself."""
+    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
     if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
         pytest.skip("no faster products than PyTorch's for this processor")
 
 
-def inputs_of(shape: tuple[int, int, int], *lead: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(
+    shape: tuple[int, int, int], *lead: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight and bias."""
     rows, features, columns = shape
     generator = torch.Generator().manual_seed(0)
     shapes = ((*lead, rows, features), (columns, features), (columns,))
-    x, weight, bias = (torch.randn(s, generator=generator).bfloat16() for s in shapes)
+    x, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
     return x, weight * features**-0.5, bias
 
 
@@ -49,7 +53,7 @@ def outputs(run: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Tensor]:
     """The result and the gradients of sum(y * weights)."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     y = run(*leaves)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].dtype)
     grads = torch.autograd.grad(y, leaves, weights.to(y.dtype))
     return {"y": y.detach()} | {f"grad_{i}": grad for i, grad in enumerate(grads)}
 
@@ -62,33 +66,86 @@ def calls(function: Callable[[], object]) -> list[object]:
 
 
 @pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_numeric_rule(
-    threads: Callable[[int], None], count: int, shape: tuple[int, int, int], bias: bool
+    threads: Callable[[int], None],
+    count: int,
+    shape: tuple[int, int, int],
+    bias: bool,
+    dtype: torch.dtype,
 ) -> None:
     threads(count)
-    inputs = inputs_of(shape, 2)[: 3 if bias else 2]
+    inputs = inputs_of(shape, 2, dtype=dtype)[: 3 if bias else 2]
     truth = outputs(functional.linear, *(tensor.double() for tensor in inputs))
     assert_numeric_rule(outputs(linear, *inputs), outputs(functional.linear, *inputs), truth)
 
 
-@pytest.mark.parametrize("shape", [(127, 96, 320), (1029, 64, 128)], ids=str)
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**60])
+def test_float32_of_any_size(size: float) -> None:
+    """Rows and columns of very different sizes keep the digits of their own."""
+    x, weight, _ = inputs_of((96, 1216, 64), dtype=torch.float32)
+    x = x * torch.logspace(0, 1, 96, size)[:, None]
+    weight = weight * torch.logspace(0, 1, 64, 1 / size)[:, None]
+    exact = functional.linear(x.double(), weight.double())
+    unit = exact.abs().amax(dim=1, keepdim=True) * exact.abs().amax(dim=0) / exact.abs().max()
+    got, plain = ((run(x, weight).double() - exact) / unit for run in (linear, functional.linear))
+    assert got.abs().max() <= 2 * plain.abs().max()
+
+
+@pytest.mark.sanitizer
+def test_float32_of_mixed_sizes() -> None:
+    """Within a row too, and where large terms cancel."""
+    x, weight, _ = inputs_of((96, 1216, 64), dtype=torch.float32)
+    x *= 2.0 ** torch.randint(-30, 30, x.shape, generator=torch.Generator().manual_seed(2))
+    x[:, 1::2], weight[:, 1::2] = x[:, ::2], -weight[:, ::2]
+    x[:, 1] = 1.0
+    exact = functional.linear(x.double(), weight.double())
+    got, plain = (run(x, weight).double() - exact for run in (linear, functional.linear))
+    assert got.abs().max() <= 2 * plain.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so_in_its_row(value: float, dtype: torch.dtype) -> None:
+    x, weight, bias = inputs_of((70, 64, 96), dtype=dtype)
+    expected = linear(x, weight, bias)
+    x[3, 5] = value
+    y = linear(x, weight, bias)
+    assert not y[3].isfinite().any()
+    others = torch.arange(len(x)) != 3
+    assert torch.equal(y[others], expected[others])
+
+
+def test_the_largest_number_of_float32() -> None:
+    x, weight, _ = inputs_of((32, 32, 32), dtype=torch.float32)
+    x[:] = torch.finfo(torch.float32).max
+    weight[:] = torch.eye(32)
+    assert torch.equal(linear(x, weight), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(127, 96, 320), (1029, 64, 128), (70, 1216, 128)], ids=str)
 def test_threads_do_not_change_a_bit(
-    threads: Callable[[int], None], shape: tuple[int, int, int]
+    threads: Callable[[int], None], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    inputs = inputs_of(shape)
+    inputs = inputs_of(shape, dtype=dtype)
     expected = linear(*inputs)
     for count in (2, 3, 8):
         threads(count)
         assert torch.equal(linear(*inputs), expected)
 
 
-def test_threads_do_not_change_a_bit_of_the_mlp(threads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_do_not_change_a_bit_of_the_mlp(
+    threads: Callable[[int], None], dtype: torch.dtype
+) -> None:
     """With more threads than blocks of rows it is computed layer by layer."""
     for shape in ((70, 64), (515, 32)):
-        inputs = MLPCase(shape, 256, 64, torch.bfloat16, residual=torch.float32).inputs()
+        inputs = MLPCase(shape, 256, 64, dtype, residual=torch.float32).inputs()
         threads(1)
         expected = dk.mlp(**inputs)
         for count in (2, 3, 8):
@@ -96,26 +153,34 @@ def test_threads_do_not_change_a_bit_of_the_mlp(threads: Callable[[int], None]) 
             assert torch.equal(dk.mlp(**inputs), expected)
 
 
-def test_strided_inputs() -> None:
-    x, weight, bias = inputs_of((96, 64, 32))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    x, weight, bias = inputs_of((96, 64, 32), dtype=dtype)
     expected = linear(x, weight, bias)
     strided = (x.t().contiguous().t(), weight.t().contiguous().t(), bias.repeat(2, 1).t()[:, 0])
     assert torch.equal(linear(*strided), expected)
 
 
-def test_what_goes_to_the_kernel() -> None:
-    """bfloat16 in whole blocks, on this backend and this instruction set."""
-    x, weight, _ = inputs_of((64, 32, 96))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_goes_to_the_kernel(dtype: torch.dtype) -> None:
+    """float32 and bfloat16 in whole blocks, on this backend and this instruction set."""
+    x, weight, _ = inputs_of((64, 32, 96), dtype=dtype)
     leaves = (x.requires_grad_(), weight.requires_grad_())
     assert calls(lambda: linear(*leaves).sum().backward()) == list(OPERATORS)
     assert not calls(lambda: linear(x[:31], weight))
     assert not calls(lambda: linear(x[:, :24], weight[:, :24]))
-    assert not calls(lambda: linear(x.float(), weight.float()))
     assert not calls(lambda: linear(x.half(), weight.half()))
     with dk.use_backend("reference"):
         assert not calls(lambda: linear(x, weight))
     with running_on("cpu-generic"):
         assert not calls(lambda: linear(x, weight))
+
+
+def test_float32_wants_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x, weight, _ = inputs_of((1024, 32, 96), dtype=torch.float32)
+    assert calls(lambda: linear(x, weight))
+    assert not calls(lambda: linear(x[1:], weight))
 
 
 def test_the_backend_may_change_before_the_backward_pass() -> None:
@@ -127,15 +192,23 @@ def test_the_backend_may_change_before_the_backward_pass() -> None:
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [64, 7])
-def test_opcheck(rows: int) -> None:
-    inputs = [tensor.requires_grad_() for tensor in inputs_of((rows, 32, 96), 2)]
+def test_opcheck(rows: int, dtype: torch.dtype) -> None:
+    inputs = [tensor.requires_grad_() for tensor in inputs_of((rows, 32, 96), 2, dtype=dtype)]
     torch.library.opcheck(torch.ops.diffit.linear.default, inputs)
     torch.library.opcheck(torch.ops.diffit.linear.default, (*inputs[:2], None))
     x, weight, _ = (tensor.detach() for tensor in inputs)
-    grad = torch.randn(2, rows, 96).bfloat16()
+    grad = torch.randn(2, rows, 96).to(dtype)
     for weights in (True, False):
         torch.library.opcheck(torch.ops.diffit.linear_backward.default, (grad, x, weight, weights))
+
+
+def test_compilers_leave_float32_to_pytorch() -> None:
+    x, weight, bias = inputs_of((64, 32, 96), dtype=torch.float32)
+    compiled = torch.compile(linear, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, weight, bias), functional.linear(x, weight, bias))
+    torch._dynamo.reset()
 
 
 def test_compiles_once_for_all_batches() -> None:
