@@ -62,9 +62,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 class AttentionCase:
     """``window_attention`` on ``windows`` (down, across) windows of random numbers.
 
-    ``scale`` is in units of head_dim ** -0.5, ``shift`` is added to the table. With ``constant`` all tokens of a sample are equal.
-    The rows are parts of one projection; with ``strided`` they and the table are views with gaps
-    between all numbers. The operator runs on ``device``, what it is compared with on the CPU.
+    ``scale`` is in units of head_dim ** -0.5, ``shift`` is added to the table. With ``constant``
+    all tokens of a sample are equal. The rows are parts of one projection; with ``strided`` they
+    and the table are views with gaps between all numbers. The operator runs on ``device``, what it
+    is compared with on the CPU.
     """
 
     window: tuple[int, int]

@@ -204,23 +204,23 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def _judge_compiled(name: str, backend: str) -> None:
-    """No further from float64 than the rule allows, over several inputs: one maximum is luck."""
+    """The rule, against plain PyTorch, over several inputs: one maximum is luck."""
     module, inputs = _layer(name)
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     exact = deepcopy(module).double()
-    got, eager, truth = [], [], []
+    got, plain, truth = [], [], []
     for _ in range(8):
         tensors = inputs(2)
         got.append(_outputs(module, compiled, *tensors))
-        eager.append(_outputs(module, module, *tensors))
         with dk.use_backend("reference"):
+            plain.append(_outputs(module, module, *tensors))
             doubles = (x.detach().double().requires_grad_() for x in tensors)
             truth.append(_outputs(exact, exact, *doubles))
-    assert_numeric_rule(*map(stack, (got, eager, truth)))
+    assert_numeric_rule(*map(stack, (got, plain, truth)))
 
 
 @pytest.mark.parametrize("name", ["TMSA", "TMSA2d", "DiffiTBlock"])
-def test_compiled_equals_eager(fastest_backend: str, fresh_compiler: None, name: str) -> None:
+def test_compiled_whole(fastest_backend: str, fresh_compiler: None, name: str) -> None:
     """One graph, forward and backward."""
     _judge_compiled(name, "aot_eager")
 
