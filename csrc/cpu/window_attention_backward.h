@@ -33,6 +33,21 @@ inline void add_bias(const Sizes<E>& s, float* logits, const float* bias, const 
 // Keys whose terms are summed on their own before they join a sum: keeps rounding errors small.
 constexpr int sum_block = 32;
 
+// a^T as B: k over the columns of a.
+template <class E>
+inline void columns_as_b(const typename E::A* a, int lda, int rows, int columns,
+                         typename E::B* b, int ldb) {
+    transpose(a, lda / E::pair, b, ldb, rows, round_up(columns / E::pair, W));
+}
+
+// a^T as A: k over the rows of a. `spare` holds as much as a.
+template <class E>
+inline void columns_as_a(const typename E::A* a, int lda, int rows, int columns,
+                         typename E::A* out, int ldo, typename E::B* spare) {
+    const typename E::B* b = E::rows_as_b(a, lda, rows, columns, spare);
+    transpose(b, lda, out, ldo / E::pair, rows / E::pair, columns);
+}
+
 // sums[c] += scale * (the sum of the rows)[c] for c < d. Only four rows at a time are added in single
 // precision; to convert each of them would cost more than the sum.
 template <class U>
@@ -55,20 +70,23 @@ struct Backward {
     using B = typename E::B;
     Arena arena;
     Sizes<E> s;
-    Operands<E> o;
-    Rows<A> grads;
+    Layout layout;
+    Rows<A> queries, keys, values, grads;
     A *keys_t, *probabilities, *grad_logits;
     B *queries_t, *grads_t, *grads_b, *queries_b, *grad_logits_b, *spare;
-    float *logits, *grad_probabilities, *grad_queries, *grad_queries_t, *grad_keys, *grad_values,
-        *grad_bias;
+    float *q_row, *logits, *grad_probabilities, *grad_queries, *grad_queries_t, *grad_keys,
+        *grad_values, *grad_bias;
     double* grad_bias_total;
     int64_t bias_size;       // of a head
     int64_t bias_sums_size;  // of the group
 
     Backward(const WindowAttention& p, char* scratch)
-        : arena(scratch), s(p), o(arena, p, s), grads(arena, p.group, s.m_pad, s.d_pad) {
+        : arena(scratch), s(p), layout(arena, p), queries(arena, p.group, s.m_pad, s.d_pad),
+          keys(arena, p.group, s.m_pad, s.d_pad), values(arena, p.group, s.m_pad, s.d_pad),
+          grads(arena, p.group, s.m_pad, s.d_pad) {
         const int64_t window = int64_t(s.m_pad) * s.d_pad, block = round_up(NQ, E::pad) * s.d_pad;
         const int64_t block_t = round_up(s.d_pad, W * E::pair) * NQ;
+        q_row = arena.take<float>(p.group * s.d + W);
         keys_t = arena.take<A>(window);
         queries_t = arena.take<B>(block_t);
         grads_t = arena.take<B>(block_t);
@@ -94,13 +112,12 @@ struct Backward {
 
     static void run(const WindowAttention& p, int64_t item, char* scratch) {
         Backward b(p, scratch);
-        b.o.layout.fill(p);
+        b.layout.fill(p);
         const int64_t chunk = item / (p.heads / p.group);
         int64_t windows = 0;
         for_each_window(p, item, [&](const Group& group) {
             double* rows = p.grad_rows_part + (chunk + group.sample) * 2 * p.dim() + group.column;
-            b.o.template pack<T>(p, b.s, group);
-            b.pack_grads(p, group);
+            b.pack(p, group);
             Ahead ahead(static_cast<int>(p.group), (b.s.M + NQ - 1) / NQ);
             for (int64_t h = 0; h < p.group; ++h) b.run(p, group, h, ahead, rows + h * b.s.d);
             if (p.grad_table && ++windows % 4 == 0) b.flush_bias();
@@ -111,25 +128,36 @@ struct Backward {
                     item % (p.heads / p.group) * p.group);
     }
 
-    void pack_grads(const WindowAttention& p, const Group& group) const {
+    // The group's rows; queries in base 2. Memory is read in its own order, all heads of a token
+    // together: the hardware follows that, and by heads it would come at half the speed.
+    void pack(const WindowAttention& p, const Group& group) const {
+        const T* q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
         const T* grad = group.of<T>(p.grad_out, p.grad_out_stride_batch, p.grad_out_stride_token);
+        const float scale = static_cast<float>(p.scale * log2_e);
+        load_row<T>(q_row, p.q_row, group.sample * p.row_stride_batch + group.column, p.group * s.d);
+        for (int r = 0; r < s.M; ++r) {
+            const T* row = q + layout.token[r] * p.qkv_stride_token;
+            queries.convert(r, row, q_row, scale, p.group, s.d);
+            keys.copy(r, row + p.dim(), p.group, s.d);
+            values.copy(r, row + 2 * p.dim(), p.group, s.d);
+        }
         for (int r = 0; r < s.M; ++r)
-            grads.copy(r, grad + o.layout.token[r] * p.grad_out_stride_token, p.group, s.d);
+            grads.copy(r, grad + layout.token[r] * p.grad_out_stride_token, p.group, s.d);
     }
 
     void run(const WindowAttention& p, const Group& group, int64_t h, Ahead& ahead,
              double* grad_rows) {
-        const int64_t head = group.head + h, dim = p.dim(), *tokens = o.layout.token;
+        const int64_t head = group.head + h, dim = p.dim(), *tokens = layout.token;
         const Group next = group.next(p);
         const T* next_q = next.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
         const T* next_grad =
             next.of<T>(p.grad_out, p.grad_out_stride_batch, p.grad_out_stride_token);
-        const A *keys = o.keys.head(h), *values = o.values.head(h);
+        const A *head_keys = keys.head(h), *head_values = values.head(h);
         float* bias_sums = grad_bias + h * bias_size;
         T* grad_q = static_cast<T*>(p.grad_qkv) +
                     (group.sample * p.tokens() + group.token) * 3 * dim + head * s.d;
         const int columns = round_up(s.d, W);
-        columns_as_a<E>(keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, spare);
+        columns_as_a<E>(head_keys, s.d_pad, s.m_pad, s.d_pad, keys_t, s.m_pad, spare);
         std::memset(grad_keys, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
         std::memset(grad_values, 0, int64_t(s.m_rows) * s.d_pad * sizeof(float));
         // Probabilities sum to 1, so what v_row was added to passes its gradient on as it is.
@@ -139,7 +167,7 @@ struct Backward {
         for (int first = 0; first < s.M; first += NQ) {
             const int count = s.M - first < NQ ? s.M - first : NQ;
             const int lanes = round_up(count, W), q_k = round_up(lanes, E::k_align);
-            const A* queries = o.queries.head(h) + first * s.d_pad;
+            const A* block = queries.head(h) + first * s.d_pad;
             const A* grad_out = grads.head(h) + first * s.d_pad;
             const auto prefetch = [&](int r) {
                 ahead.step([&](int token, int head) {
@@ -153,13 +181,13 @@ struct Backward {
                     for (int part = 0; part < 3; ++part) prefetch_row<1>(row + part * dim, s.d);
                 }
             };
-            columns_as_b<E>(queries, s.d_pad, lanes, s.d_k, queries_t, NQ);
+            columns_as_b<E>(block, s.d_pad, lanes, s.d_k, queries_t, NQ);
             columns_as_b<E>(grad_out, s.d_pad, lanes, s.d_k, grads_t, NQ);
 
             // S^T = K Q^T, dP^T = V dO^T
-            E::template gemm<false>(s.m_rows, lanes, s.d_k, keys, s.d_pad, queries_t, NQ,
-                                    logits, NQ);
-            E::template gemm<false>(s.m_rows, lanes, s.d_k, values, s.d_pad, grads_t, NQ,
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, head_keys, s.d_pad, queries_t, NQ, logits,
+                                    NQ);
+            E::template gemm<false>(s.m_rows, lanes, s.d_k, head_values, s.d_pad, grads_t, NQ,
                                     grad_probabilities, NQ);
             const int64_t shift = p.table ? first : 0;
             const float* bias = p.bias + head * p.bias_stride + shift;
@@ -169,7 +197,7 @@ struct Backward {
 
             // dV += P^T dO, dK += dS^T Q
             const B* grads_rows = E::rows_as_b(grad_out, s.d_pad, q_k, columns, grads_b);
-            const B* queries_rows = E::rows_as_b(queries, s.d_pad, q_k, columns, queries_b);
+            const B* queries_rows = E::rows_as_b(block, s.d_pad, q_k, columns, queries_b);
             E::template gemm<true>(s.m_rows, columns, q_k, probabilities, NQ, grads_rows,
                                    s.d_pad, grad_values, s.d_pad);
             E::template gemm<true>(s.m_rows, columns, q_k, grad_logits, NQ, queries_rows,
@@ -198,7 +226,7 @@ struct Backward {
     template <int NV, class Prefetch>
     void grad_softmax(const float* bias, float* grad_bias_row, int count,
                       const Prefetch& prefetch) const {
-        const int32_t* row = o.layout.bias;
+        const int32_t* row = layout.bias;
         vf top[NV], sum[NV] = {}, delta[NV] = {}, x[NV], y[NV];
         add_bias<E, NV>(s, logits, bias, row, top);
         // Lanes past the last query see the bias of no query. If it is -inf all over, P must still be

@@ -1,5 +1,5 @@
-// Windows of the grid as the products take them: sizes rounded up, scratch memory, and the rows of a
-// group of heads packed from (B, L, 3C).
+// Windows of the grid as the kernels take them: sizes rounded up, scratch memory, and the rows of a
+// group of heads.
 #pragma once
 
 #include "gemm.h"
@@ -155,21 +155,6 @@ struct Rows {
     }
 };
 
-// a^T as B: k over the columns of a.
-template <class E>
-inline void columns_as_b(const typename E::A* a, int lda, int rows, int columns,
-                         typename E::B* b, int ldb) {
-    transpose(a, lda / E::pair, b, ldb, rows, round_up(columns / E::pair, W));
-}
-
-// a^T as A: k over the rows of a. `spare` holds as much as a.
-template <class E>
-inline void columns_as_a(const typename E::A* a, int lda, int rows, int columns,
-                         typename E::A* out, int ldo, typename E::B* spare) {
-    const typename E::B* b = E::rows_as_b(a, lda, rows, columns, spare);
-    transpose(b, lda, out, ldo / E::pair, rows / E::pair, columns);
-}
-
 // Row of a sample, as floats; zeros where there is none.
 template <class T>
 inline void load_row(float* out, const void* row, int64_t offset, int64_t d) {
@@ -179,34 +164,6 @@ inline void load_row(float* out, const void* row, int64_t offset, int64_t d) {
         std::memset(out, 0, d * sizeof(float));
     }
 }
-
-// Rows of a group of heads of a window.
-template <class E>
-struct Operands {
-    Layout layout;
-    Rows<typename E::A> queries, keys, values;
-    float* q_row;
-
-    Operands(Arena& arena, const WindowAttention& p, const Sizes<E>& s)
-        : layout(arena, p), queries(arena, p.group, s.m_pad, s.d_pad),
-          keys(arena, p.group, s.m_pad, s.d_pad), values(arena, p.group, s.m_pad, s.d_pad),
-          q_row(arena.take<float>(p.group * s.d + W)) {}
-
-    // Queries in base 2. Memory is read in its own order, all heads of a token together: the hardware
-    // follows that, and by heads it would come at half the speed.
-    template <class T>
-    void pack(const WindowAttention& p, const Sizes<E>& s, const Group& group) const {
-        const T* q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
-        const float scale = static_cast<float>(p.scale * log2_e);
-        load_row<T>(q_row, p.q_row, group.sample * p.row_stride_batch + group.column, p.group * s.d);
-        for (int r = 0; r < s.M; ++r) {
-            const T* row = q + layout.token[r] * p.qkv_stride_token;
-            queries.convert(r, row, q_row, scale, p.group, s.d);
-            keys.copy(r, row + p.dim(), p.group, s.d);
-            values.copy(r, row + 2 * p.dim(), p.group, s.d);
-        }
-    }
-};
 
 }  // namespace
 }  // namespace diffit

@@ -37,8 +37,9 @@ _HIDDEN_BYTES = 8 * 2**20
 
 # A factor of all features that the kernels of linear layers take.
 _LINEAR_BLOCK = 32
-# The least rows that they take, by dtype: in float32, those that make up for packing the weights.
-_LEAST_ROWS = {torch.float32: 1024, torch.bfloat16: 32}
+# The least rows that they take, by dtype and whether the weight is transposed: in float32, those
+# that make up for packing it.
+_LEAST_ROWS = {torch.float32: (512, 1024), torch.bfloat16: (32, 32)}
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -109,12 +110,12 @@ def _shape(problem: WindowAttentionProblem) -> tuple[int, ...]:
     )
 
 
-def has_product(dtype: torch.dtype, rows: int, *features: int) -> bool:
+def has_product(dtype: torch.dtype, rows: int, *features: int, transposed: bool = False) -> bool:
     """Whether there is a kernel of linear layers, faster than PyTorch's, for these sizes."""
     return (
         dtype in _LEAST_ROWS
         and _module.has_linear(_DTYPES[dtype])
-        and rows >= _LEAST_ROWS[dtype]
+        and rows >= _LEAST_ROWS[dtype][transposed]
         and all(count % _LINEAR_BLOCK == 0 for count in features)
     )
 
@@ -128,7 +129,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a b``, in their dtype."""
-    if a.is_contiguous() and b.is_contiguous() and has_product(a.dtype, a.shape[0], *b.shape):
+    contiguous = a.is_contiguous() and b.is_contiguous()
+    if contiguous and has_product(a.dtype, a.shape[0], *b.shape, transposed=True):
         return _linear(a, b, None, b.shape[1], transposed=True)
     return products.mm(a, b)
 

@@ -33,7 +33,7 @@ OPERATORS = (torch.ops.diffit.linear, torch.ops.diffit.linear_backward)
 @pytest.fixture(autouse=True)
 def fastest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users have them; elsewhere these tests would be PyTorch against itself."""
-    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
+    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, (32, 32))
     if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
         pytest.skip("no faster products than PyTorch's for this processor")
 
@@ -178,7 +178,7 @@ def test_what_goes_to_the_kernel(dtype: torch.dtype) -> None:
 
 def test_float32_wants_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    x, weight, _ = inputs_of((1024, 32, 96), dtype=torch.float32)
+    x, weight, _ = inputs_of((512, 32, 96), dtype=torch.float32)
     assert calls(lambda: linear(x, weight))
     assert not calls(lambda: linear(x[1:], weight))
 
