@@ -177,7 +177,9 @@ struct Forward {
         for (int r = 0; r < block.count; r += W) {
             const vf sum = load(sums + r);
             float lanes[W];
-            store(lanes, load(top + r) * ln_2 + log(sum));
+            const vd lse_of = __builtin_convertvector(load(top + r), vd) * (1 / log2_e) +
+                              __builtin_convertvector(log(sum), vd);
+            store(lanes, __builtin_convertvector(lse_of, vf));
             for (int i = 0; i < W && r + i < block.count; ++i)
                 lse[tokens[block.first + r + i]] = lanes[i];
             store(sums + r, reciprocal(sum));

@@ -30,6 +30,8 @@ inline void add_bias(const Sizes<E>& s, float* logits, const float* bias, const 
     }
 }
 
+constexpr float ln_2 = 0.693147181f;
+
 // Keys whose terms are summed on their own before they join a sum: keeps rounding errors small.
 constexpr int sum_block = 32;
 

@@ -9,7 +9,6 @@ namespace diffit {
 namespace {
 
 constexpr double log2_e = 1.4426950408889634;
-constexpr float ln_2 = 0.693147181f;
 
 // Takes pieces off a block of scratch memory. The memory is zero when a thread begins, and an item
 // leaves what pads keys, values and queries at 0. Lanes of P and dS past the last query hold other

@@ -39,7 +39,7 @@ _HIDDEN_BYTES = 8 * 2**20
 _LINEAR_BLOCK = 32
 # The least rows that they take, by dtype and whether the weight is transposed: in float32, those
 # that make up for packing it.
-_LEAST_ROWS = {torch.float32: (512, 1024), torch.bfloat16: (32, 32)}
+_LEAST_ROWS = {torch.float32: (512, 2048), torch.bfloat16: (32, 32)}
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
