@@ -68,16 +68,12 @@ struct LinearKernel {
 
     static void pack_tile(const float* data, const Weight& w, uint32_t* out) {
         float columns[N * W];
-        if (!w.transposed) {
-            transpose_tile(data, w.k, columns);
-            transpose_tile(data + W, w.k, columns + W * W);
-        }
-        const float* rows = w.transposed ? data : columns;
-        const int64_t stride = w.transposed ? w.n : W;
+        transpose_tile(data, w.k, columns);
+        transpose_tile(data + W, w.k, columns + W * W);
         for (int pair = 0; pair < W; ++pair) {
             vf even[3], odd[3];
-            split_up(load(rows + 2 * pair * stride), even);
-            split_up(load(rows + (2 * pair + 1) * stride), odd);
+            split_up(load(columns + 2 * pair * W), even);
+            split_up(load(columns + (2 * pair + 1) * W), odd);
             for (int i = 0; i < 3; ++i) {
                 const vu both = ((vu)even[i] >> 16) | ((vu)odd[i] & 0xffff0000u);
                 store(reinterpret_cast<float*>(out + i * tile + pair * W), (vf)both);

@@ -55,7 +55,7 @@ constexpr int linear_block = 32;
 struct Weight {
     int64_t n, k;
     const void* data;  // (n, k), or if transposed (k, n)
-    bool transposed;
+    bool transposed;   // of bfloat16 alone
     void* packed;  // n k numbers of packed_size
     int64_t panels() const { return n / linear_block; }
 };

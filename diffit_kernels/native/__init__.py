@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ _HIDDEN_BYTES = 8 * 2**20
 
 # A factor of all features that the kernels of linear layers take.
 _LINEAR_BLOCK = 32
-# The least rows that they take, by dtype and whether the weight is transposed: in float32, those
-# that make up for packing it.
-_LEAST_ROWS = {torch.float32: (512, 2048), torch.bfloat16: (32, 32)}
+# The least rows that they take, and the largest weight, by dtype: in float32 rows make up for
+# packing the weight, whose three parts are to stay near.
+_LEAST_ROWS = {torch.float32: 512, torch.bfloat16: 32}
+_LARGEST_WEIGHT = {torch.float32: 2**20, torch.bfloat16: 2**62}
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -115,7 +117,8 @@ def has_product(dtype: torch.dtype, rows: int, *features: int, transposed: bool 
     return (
         dtype in _LEAST_ROWS
         and _module.has_linear(_DTYPES[dtype])
-        and rows >= _LEAST_ROWS[dtype][transposed]
+        and rows >= _LEAST_ROWS[dtype]
+        and all(n * k <= _LARGEST_WEIGHT[dtype] for n, k in pairwise(features))
         and all(count % _LINEAR_BLOCK == 0 for count in features)
     )
 
@@ -129,8 +132,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a b``, in their dtype."""
-    contiguous = a.is_contiguous() and b.is_contiguous()
-    if contiguous and has_product(a.dtype, a.shape[0], *b.shape, transposed=True):
+    # In float32 the kernel gains too little here, and does not take it.
+    ours = a.dtype == torch.bfloat16 and has_product(a.dtype, a.shape[0], *b.shape)
+    if ours and a.is_contiguous() and b.is_contiguous():
         return _linear(a, b, None, b.shape[1], transposed=True)
     return products.mm(a, b)
 

@@ -33,7 +33,7 @@ OPERATORS = (torch.ops.diffit.linear, torch.ops.diffit.linear_backward)
 @pytest.fixture(autouse=True)
 def fastest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users have them; elsewhere these tests would be PyTorch against itself."""
-    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, (32, 32))
+    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
     if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
         pytest.skip("no faster products than PyTorch's for this processor")
 
@@ -176,8 +176,10 @@ def test_what_goes_to_the_kernel(dtype: torch.dtype) -> None:
         assert not calls(lambda: linear(x, weight))
 
 
-def test_float32_wants_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_wants_rows_enough_and_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    assert native.has_product(torch.float32, 512, 1024, 1024)
+    assert not native.has_product(torch.float32, 512, 1024, 1056)
     x, weight, _ = inputs_of((512, 32, 96), dtype=torch.float32)
     assert calls(lambda: linear(x, weight))
     assert not calls(lambda: linear(x[1:], weight))

@@ -47,7 +47,7 @@ def name_of(value: object) -> str | None:
 @pytest.fixture(autouse=True)
 def few_rows_on_tile_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 as in bfloat16, though it is no faster."""
-    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, (32, 32))
+    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
 
 
 def check(case: MLPCase) -> None:
