@@ -32,14 +32,14 @@ inline void with_vectors(int n, const F& f) {
 template <class E>
 struct Product {
     static constexpr int block = E::vectors * W;
-    int M = 0, N = 0, K = 0;
-    const typename E::A* a = nullptr;
-    int lda = 0;
-    const typename E::B* b = nullptr;
-    int ldb = 0;
-    int64_t block_step = block;
-    float* c = nullptr;
-    int ldc = 0;
+    int M, N, K;
+    const typename E::A* a;
+    int lda;
+    const typename E::B* b;
+    int ldb;
+    int64_t block_step;
+    float* c;
+    int ldc;
 
     void run() const {
         if (block_step == block) return E::template gemm<false>(M, N, K, a, lda, b, ldb, c, ldc);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -41,7 +42,7 @@ _LINEAR_BLOCK = 32
 # The least rows that they take, and the largest weight, by dtype: in float32 rows make up for
 # packing the weight, whose three parts are to stay near.
 _LEAST_ROWS = {torch.float32: 512, torch.bfloat16: 32}
-_LARGEST_WEIGHT = {torch.float32: 2**20, torch.bfloat16: 2**62}
+_LARGEST_WEIGHT = {torch.float32: 2**20, torch.bfloat16: math.inf}
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
