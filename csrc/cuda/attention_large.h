@@ -214,6 +214,7 @@ __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const W
         const Head done(p, opaque(window), work.head);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
+            for (int i = 0; i < 2; ++i) total[r][i] = row_sum(total[r][i]);
             const float inverse[2] = {1 / total[r][0], 1 / total[r][1]};
             const int first = opaque(work.slot + own + 16 * r);  // not in a register until here
             scale_rows(o[r], inverse);

@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
         add_bias<false>(s, static_cast<float>(p.scale), window, p.table, table, own % N, 0);
         float m[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, unused[2];
         softmax_step(s, m, total, unused);
+        for (int r = 0; r < 2; ++r) total[r] = row_sum(total[r]);
         zero(o);
         accumulate<T, N, D>(o, s, v + keys);
         const float inverse[2] = {1 / total[0], 1 / total[1]};
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
         softmax_step(s, m, total, inverse);
         // Rows that are no token add nothing to any sum.
         for (int r = 0; r < 2; ++r)
-            inverse[r] = load(token_of + row_slot(own, 2 * r)) < 0 ? 0 : 1 / total[r];
+            inverse[r] = load(token_of + row_slot(own, 2 * r)) < 0 ? 0 : 1 / row_sum(total[r]);
         scale_rows(s, inverse);
         product<T, N, D>(ds, grad + mine, v + keys);
 #pragma unroll

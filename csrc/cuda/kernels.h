@@ -20,4 +20,9 @@ struct Kernels {
     int large_forward_rows, large_forward_at_once;  // of a block; blocks of a multiprocessor
 };
 
+// Those of one dtype for warpgroups: of heads 64 and 72 wide, of windows 16 and 32 wide.
+struct WarpgroupKernels {
+    Kernel large_forward[2][2];
+};
+
 }  // namespace diffit::cuda

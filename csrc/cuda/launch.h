@@ -27,6 +27,19 @@ inline int multiprocessors() {
 #endif
 }
 
+// Whether the current device runs what is compiled for sm_90a.
+inline bool has_warpgroups() {
+#if defined(__CUDACC__)
+    int device = 0, major = 0, minor = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+           major == 9 && minor == 0;
+#else
+    return true;
+#endif
+}
+
 // Throws std::runtime_error where the driver or the current device cannot run the kernel.
 template <class... Arguments>
 void require(void (*kernel)(Arguments...)) {

@@ -33,11 +33,13 @@ DEVICE int warp() { return thread_index() / 32; }
 DEVICE int column_slot(int first, int n, int i) { return first + 8 * n + lane() % 4 * 2 + i % 2; }
 DEVICE int row_slot(int first, int i) { return first + lane() / 4 + i / 2 * 8; }
 
-// The table of a head, for logits in base 2.
-DEVICE void load_table(Shared<float> to, const WindowAttention& p, int64_t head, int rows) {
-    if (p.table)
-        for (int r = thread_index(); r < rows; r += threads)
-            store(to + r, p.table[head * p.table_stride_head + r * p.table_stride_row] * log2_e);
+// The table of a head, by default for logits in base 2; zeros where there is none.
+DEVICE void load_table(Shared<float> to, const WindowAttention& p, int64_t head, int rows,
+                       float factor = log2_e) {
+    for (int r = thread_index(); r < rows; r += threads_of_block()) {
+        const int64_t place = head * p.table_stride_head + r * p.table_stride_row;
+        store(to + r, p.table ? p.table[place] * factor : 0);
+    }
 }
 
 // --- tiles
@@ -292,6 +294,15 @@ DEVICE void multiply_columns(float (&c)[R][D / 8][4], const uint32_t (&a)[R][4],
     }
 }
 
+// 16 x 16 of an accumulator, n and the next, as a first operand: rounded they have its layout.
+template <class T, int N>
+DEVICE void as_first_operand(uint32_t (&a)[4], const float (&c)[N][4], int n) {
+    a[0] = T::pack(c[n][0], c[n][1]);
+    a[1] = T::pack(c[n][2], c[n][3]);
+    a[2] = T::pack(c[n + 1][0], c[n + 1][1]);
+    a[3] = T::pack(c[n + 1][2], c[n + 1][3]);
+}
+
 // c (16 R, D) += a (16 R, K) b (K, D), a an accumulator.
 template <class T, int R, int K, int D>
 DEVICE void accumulate(float (&c)[R][D / 8][4], const float (&a)[R][K / 8][4], Shared<uint16_t> b) {
@@ -299,13 +310,7 @@ DEVICE void accumulate(float (&c)[R][D / 8][4], const float (&a)[R][K / 8][4], S
     for (int k = 0; k < K / 8; k += 2) {
         uint32_t x[R][4];
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-            // Two neighbours along n have the layout of a first operand along k.
-            x[r][0] = T::pack(a[r][k][0], a[r][k][1]);
-            x[r][1] = T::pack(a[r][k][2], a[r][k][3]);
-            x[r][2] = T::pack(a[r][k + 1][0], a[r][k + 1][1]);
-            x[r][3] = T::pack(a[r][k + 1][2], a[r][k + 1][3]);
-        }
+        for (int r = 0; r < R; ++r) as_first_operand<T>(x[r], a[r], k);
         multiply_columns<T, R, D>(c, x, b + k * 8 * row_stride<D>);
     }
 }
@@ -346,8 +351,24 @@ DEVICE void scale_rows(float (&x)[N][4], const float (&factor)[2]) {
         for (int i = 0; i < 4; ++i) x[n][i] *= factor[i / 2];
 }
 
-// Products to logits in base 2: s scale + bias, -inf in columns that are no token. Rows are queries
-// and columns keys, or the reverse. `table` is null where there is none.
+// Products to logits in base 2, s scale + bias, where eight columns are a part of a row of the window:
+// they stand side by side in the table. Rows are queries and columns keys, or the reverse.
+template <bool RowsAreKeys, int N>
+DEVICE void add_bias_by_eights(float (&s)[N][4], float scale, const Window& window, Shared<float> table,
+                               const int (&row_position)[2], int first_column) {
+    const int sign = RowsAreKeys ? 1 : -1, column = column_slot(0, 0, 0);
+    const Shared<float> here[2] = {table + (window.center() + sign * (column - row_position[0])),
+                                   table + (window.center() + sign * (column - row_position[1]))};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const int there = sign * window.position(first_column + 8 * n);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            s[n][i] = s[n][i] * (scale * log2_e) + load(here[i / 2] + there + sign * (i % 2));
+    }
+}
+
+// The same of any columns, -inf in those that are no token. `table` is null where there is none.
 template <bool RowsAreKeys, int N>
 DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool biased,
                      Shared<float> table, int first_row, int first_column) {
@@ -360,18 +381,8 @@ DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool b
         const int slot = row_slot(first_row, 2 * r);
         row_position[r] = window.position(slot < last ? slot : last);
     }
-    // Eight columns that are a part of a row of the window stand side by side in the table.
     if (biased && window.width % 8 == 0 && first_column + 8 * N <= window.slots) {
-        const int sign = RowsAreKeys ? 1 : -1, column = column_slot(0, 0, 0);
-        const Shared<float> here[2] = {table + (window.center() + sign * (column - row_position[0])),
-                                       table + (window.center() + sign * (column - row_position[1]))};
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const int there = sign * window.position(first_column + 8 * n);
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                s[n][i] = s[n][i] * (scale * log2_e) + load(here[i / 2] + there + sign * (i % 2));
-        }
+        add_bias_by_eights<RowsAreKeys>(s, scale, window, table, row_position, first_column);
         return;
     }
 #pragma unroll
@@ -398,31 +409,36 @@ DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool b
 // in any dtype.
 constexpr float rise = 8;
 
-// One step of a softmax over columns that come in parts: s becomes exp2(s - m), with m near the
-// maximum of all columns so far, total their sum, and decay the factor of what was summed before: 1
-// where m is still near enough.
+// One step of a softmax over columns that come in parts, of logits s factor in base 2: s becomes
+// exp2(s factor - m), with m near the maximum of all columns so far, total the sum of this thread's, and
+// decay the factor of what was summed before: 1 where m is still near enough. `factor` is positive.
 template <int N>
-DEVICE void softmax_step(float (&s)[N][4], float (&m)[2], float (&total)[2], float (&decay)[2]) {
-    float next[2] = {m[0], m[1]}, sum[2] = {0, 0};
+DEVICE void softmax_step(float (&s)[N][4], float factor, float (&m)[2], float (&total)[2],
+                         float (&decay)[2]) {
+    float most[2] = {s[0][0], s[0][2]}, sum[2] = {0, 0};
 #pragma unroll
     for (int n = 0; n < N; ++n)
-        for (int i = 0; i < 4; ++i) next[i / 2] = fmaxf(next[i / 2], s[n][i]);
+        for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], s[n][i]);
     float shift[2];
     for (int r = 0; r < 2; ++r) {
-        next[r] = row_max(next[r]);
-        if (next[r] <= m[r] + rise) next[r] = m[r];
+        const float next = fmaxf(m[r], row_max(most[r]) * factor);
+        const float now = next <= m[r] + rise ? m[r] : next;
         // The bias may mask every key so far: -inf less -inf is no number.
-        shift[r] = next[r] == -INFINITY ? 0 : next[r];
+        shift[r] = now == -INFINITY ? 0 : now;
         decay[r] = exp2_fast(m[r] - shift[r]);
-        m[r] = next[r];
+        m[r] = now;
     }
 #pragma unroll
     for (int n = 0; n < N; ++n)
         for (int i = 0; i < 4; ++i) {
-            s[n][i] = exp2_fast(s[n][i] - shift[i / 2]);
+            s[n][i] = exp2_fast(s[n][i] * factor - shift[i / 2]);
             sum[i / 2] += s[n][i];
         }
-    for (int r = 0; r < 2; ++r) total[r] = total[r] * decay[r] + row_sum(sum[r]);
+    for (int r = 0; r < 2; ++r) total[r] = total[r] * decay[r] + sum[r];
+}
+template <int N>
+DEVICE void softmax_step(float (&s)[N][4], float (&m)[2], float (&total)[2], float (&decay)[2]) {
+    softmax_step(s, 1, m, total, decay);
 }
 
 // The log-sum-exp of the rows of an accumulator to at(row), unless that is null.

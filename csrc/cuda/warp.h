@@ -49,6 +49,7 @@ DEVICE Shared<T> shared_memory() {
 }
 
 DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+DEVICE int threads_of_block() { return static_cast<int>(blockDim.x); }
 DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }

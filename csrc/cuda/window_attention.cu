@@ -4,6 +4,7 @@
 #include <limits>
 #include <string>
 
+#include "attention_large_warpgroup.h"
 #include "diagonals.h"
 #include "kernels.h"
 #include "launch.h"
@@ -18,8 +19,29 @@ namespace diffit::cuda {
 
 #define DIFFIT_DECLARE(WIDTH) extern const Kernels bfloat16_##WIDTH, float16_##WIDTH;
 DIFFIT_FOR_EACH_WIDTH(DIFFIT_DECLARE)
+#ifdef DIFFIT_WARPGROUPS
+extern const WarpgroupKernels bfloat16_warpgroup, float16_warpgroup;
+#endif
 
 namespace {
+
+// The forward kernel of attention_large_warpgroup.h, or null where it cannot run.
+const Kernel* warpgroup_kernel_of(const WindowAttention& p) {
+#ifdef DIFFIT_WARPGROUPS
+    // What the kernels assume; offsets within a tile are counted in 32 bits, and the scale divides.
+    const int64_t tile = warpgroup_queries / p.window_width * p.grid_width * p.qkv_stride_token;
+    const bool fits = (p.head_dim == 64 || p.head_dim == 72) &&
+                      (p.window_width == 16 || p.window_width == 32) &&
+                      p.window_height * p.window_width % warpgroup_queries == 0 &&
+                      p.scale >= 0x1p-10 && p.scale <= 0x1p10 && tile < int64_t{1} << 31;
+    const auto& kernels = p.dtype == 1 ? bfloat16_warpgroup : float16_warpgroup;
+    if (fits && has_warpgroups())
+        return &kernels.large_forward[p.head_dim == 72][p.window_width == 32];
+#else
+    (void)p;
+#endif
+    return nullptr;
+}
 
 const Kernels& kernels_of(const WindowAttention& p) {
 #define DIFFIT_ENTRY(WIDTH) {&bfloat16_##WIDTH, &float16_##WIDTH},
@@ -103,8 +125,8 @@ struct Plan {
         return kernel.shared_bytes(static_cast<int>(p.window_height), static_cast<int>(p.window_width));
     }
 
-    void run(const Kernel& kernel, int64_t blocks, void* stream) const {
-        launch(kernel.name, kernel.function, blocks, threads, shared_bytes(kernel), stream, p);
+    void run(const Kernel& kernel, int64_t blocks, void* stream, int block_threads = threads) const {
+        launch(kernel.name, kernel.function, blocks, block_threads, shared_bytes(kernel), stream, p);
     }
 };
 
@@ -122,13 +144,17 @@ void forward(const WindowAttention& problem, void* stream) {
     Plan plan(problem);
     const WindowAttention& p = plan.p;
     const Kernels& kernels = kernels_of(p);
-    if (plan.small)
+    if (plan.small) {
         plan.run(kernels.small_forward[plan.window_tokens > 16], p.heads * p.batch * p.splits, stream);
-    else
-        plan.run(kernels.large_forward,
-                 plan.cut_forward(kernels.large_forward_rows,
-                                  kernels.large_forward_at_once * multiprocessors()),
-                 stream);
+        return;
+    }
+    if (const Kernel* kernel = warpgroup_kernel_of(p)) {
+        const int64_t blocks = plan.cut_forward(warpgroup_queries, multiprocessors());
+        plan.run(*kernel, blocks, stream, warpgroup_threads);
+        return;
+    }
+    const int64_t at_once = kernels.large_forward_at_once * multiprocessors();
+    plan.run(kernels.large_forward, plan.cut_forward(kernels.large_forward_rows, at_once), stream);
 }
 
 void backward(const WindowAttention& problem, void* stream) {

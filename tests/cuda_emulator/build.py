@@ -20,6 +20,7 @@ WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128)
 
 _FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC")
 OPTIMIZED = ("-O2",)
+WARPGROUPS = "-DDIFFIT_WARPGROUPS"  # their kernels are there
 SANITIZED = ("-O0", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 
@@ -37,7 +38,8 @@ def library() -> Path:
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as name:
             folder = Path(name)
-            parts = [*objects(folder, OPTIMIZED), *launcher(folder, OPTIMIZED)]
+            flags = (*OPTIMIZED, WARPGROUPS)
+            parts = [*objects(folder, flags), *warpgroup(folder, flags), *launcher(folder, flags)]
             link(folder / target.name, parts, ("-shared",)).rename(target)
     return target
 
@@ -64,9 +66,26 @@ def objects(
         for width in widths
         for kind in types
     ]
-    include = [f"-I{kernels}", f"-I{EMULATOR}"]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda job: _compile(flags, include, *job), jobs))
+    return _compile_all(flags, kernels, jobs)
+
+
+def warpgroup(
+    folder: Path,
+    flags: Sequence[str],
+    *,
+    kernels: Path = KERNELS,
+    types: Iterable[str] = ("BFloat16", "Float16"),
+) -> list[Path]:
+    """The same of the kernels of warpgroups."""
+    jobs = [
+        (
+            folder / f"{kind}_warpgroup.o",
+            kernels / "warpgroup_kernels.cu",
+            [f"-DDIFFIT_TYPE={kind}", f"-DDIFFIT_KERNELS={kind.lower()}_warpgroup"],
+        )
+        for kind in types
+    ]
+    return _compile_all(flags, kernels, jobs)
 
 
 def launcher(folder: Path, flags: Sequence[str], kernels: Path = KERNELS) -> list[Path]:
@@ -82,6 +101,14 @@ def link(target: Path, parts: Sequence[Path], flags: Sequence[str]) -> Path:
     """A shared library, or a program, of objects and sources."""
     _run([*_FLAGS, *flags, f"-I{EMULATOR}", f"-I{KERNELS}", *map(str, parts), "-o", str(target)])
     return target
+
+
+def _compile_all(
+    flags: Sequence[str], kernels: Path, jobs: Iterable[tuple[Path, Path, list[str]]]
+) -> list[Path]:
+    include = [f"-I{kernels}", f"-I{EMULATOR}"]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: _compile(flags, include, *job), jobs))
 
 
 def _compile(

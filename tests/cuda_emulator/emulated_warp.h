@@ -50,6 +50,7 @@ Shared<T> shared_memory() {
 }
 
 inline int thread_index() { return emulator::thread(); }
+inline int threads_of_block() { return emulator::threads(); }
 inline int block_index() { return static_cast<int>(emulator::block()); }
 inline void block_barrier() { emulator::block_barrier(); }
 inline void warp_barrier() { emulator::warp_barrier(); }

@@ -38,12 +38,14 @@ struct Fibre {
     void* sanitizer_stack = nullptr;
     std::deque<std::vector<Copy>> groups;  // of copies under way, the last not committed
     size_t accesses = 0;                   // since the warp last met
+    uint32_t shown = 0;                    // how often it has shown what it wrote to products
 };
 
 // Where in the order of barriers something was done, and by whom.
 struct Event {
     int thread = nobody;
     uint32_t block_epoch = 0, warp_epoch = 0;
+    uint32_t shown = 0;  // of the thread
 };
 
 // Two bytes of shared memory.
@@ -68,6 +70,7 @@ struct Warp {
         std::vector<const char*> addresses;
     };
     std::vector<Instruction> instructions;
+    std::vector<std::function<void()>> issued, committed;  // products
 };
 
 std::vector<Fibre> fibres;
@@ -134,6 +137,8 @@ void fibre_main() {
         (*running_body)();
         for (const auto& group : fibres[running].groups)
             if (!group.empty()) fail("it ends before a cp.async was waited for");
+        if (const Warp& warp = warp_of(running); warp.issued.size() + warp.committed.size())
+            fail("it ends before a product was waited for");
     } catch (const std::exception& error) {
         failure = error.what();
     }
@@ -201,7 +206,7 @@ void check_write(Cell& cell, int thread) {
         (cell.read_warp != thread / lanes ||
          (cell.read.warp_epoch == warp_of(thread).epoch && cell.read.thread != thread)))
         fail("race: write after a read of another thread" + place(cell));
-    cell.write = {thread, block_epoch, warp_of(thread).epoch};
+    cell.write = {thread, block_epoch, warp_of(thread).epoch, fibres[thread].shown};
     cell.written = true;
 }
 
@@ -214,12 +219,12 @@ void check_read(Cell& cell, int thread) {
     const int warp = thread / lanes;
     const uint32_t warp_epoch = warp_of(thread).epoch;
     if (cell.read_warp == nobody || cell.read.block_epoch != block_epoch) {
-        cell.read = {thread, block_epoch, warp_epoch};
+        cell.read = {thread, block_epoch, warp_epoch, 0};
         cell.read_warp = warp;
     } else if (cell.read_warp != warp) {
         cell.read_warp = several;
     } else if (cell.read.warp_epoch != warp_epoch) {
-        cell.read = {thread, block_epoch, warp_epoch};
+        cell.read = {thread, block_epoch, warp_epoch, 0};
     } else if (cell.read.thread != thread) {
         cell.read.thread = several;
     }
@@ -244,6 +249,7 @@ void run_block() {
         fibre.state = Fibre::ready;
         fibre.groups.clear();
         fibre.accesses = 0;
+        fibre.shown = 0;
     }
     for (bool progress = true; progress;) {
         progress = false;
@@ -274,6 +280,7 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<v
 }
 
 int thread() { return running; }
+int threads() { return threads_of_block; }
 int64_t block() { return running_block; }
 char* shared_memory() { return memory.get(); }
 
@@ -357,11 +364,41 @@ void wait_for_copies(int groups_under_way) {
             Cell* cell = cells_at(copy.to, copy.bytes.size());
             for (size_t i = 0; i < copy.bytes.size() / 2; ++i) {
                 cell[i].copying = nobody;
-                cell[i].write = {running, block_epoch, warp_of(running).epoch};
+                cell[i].write = {running, block_epoch, warp_of(running).epoch, fibres[running].shown};
             }
         }
         groups.pop_front();
     }
+}
+
+void issue_product(std::function<void()> perform) {
+    warp_of(running).issued.push_back(std::move(perform));
+}
+
+void commit_products() {
+    collective("a commit of products", nullptr, [](void* const*) {
+        Warp& warp = warp_of(running);
+        for (auto& product : warp.issued) warp.committed.push_back(std::move(product));
+        warp.issued.clear();
+    });
+}
+
+void wait_for_products() {
+    collective("a wait for products", nullptr, [](void* const*) {
+        Warp& warp = warp_of(running);
+        for (const auto& product : warp.committed) product();
+        warp.committed.clear();
+    });
+}
+
+void show_to_products() { ++fibres[running].shown; }
+
+void check_product(const void* at, size_t bytes) {
+    check(Access::read, at, bytes, running);
+    Cell* cell = cells_at(at, bytes);
+    for (size_t i = 0; i < bytes / 2; ++i)
+        if (const Event& write = cell[i].write; fibres[write.thread].shown == write.shown)
+            fail("a product reads what was not shown to products" + place(cell[i]));
 }
 
 Wavefronts& wavefronts(Kind kind) { return counts[static_cast<int>(kind)]; }

@@ -18,6 +18,7 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<v
 
 // Of the running thread.
 int thread();
+int threads();  // of its block
 int64_t block();
 char* shared_memory();
 
@@ -38,6 +39,15 @@ void check_own(Access access, const void* at, size_t bytes);
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(int groups_under_way);
+
+// Products in the background: what is issued for a warp is performed when the warp waits, if it was
+// committed. They see what other threads have written and then shown.
+void issue_product(std::function<void()> perform);  // within a collective
+void commit_products();
+void wait_for_products();
+void show_to_products();
+// Every access of a product to shared memory.
+void check_product(const void* at, size_t bytes);
 
 // Accesses to shared memory as the hardware makes them, in wavefronts of at most 32 banks of 4
 // bytes; more wavefronts than an access of its width needs are bank conflicts.

@@ -14,9 +14,15 @@ from tests.cuda_emulator import build
 if build.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-# One head width is enough: what is padded, and what is not.
-WIDTH = 16
+# One head width is enough: what is padded, and what is not. Warpgroups have another: it takes the places of
+# all that come before it.
+WIDTH, WARPGROUP_WIDTH = 16, 64
 FLAGS = (*build.SANITIZED, f"-DDIFFIT_FOR_EACH_WIDTH(X)=X({WIDTH})")
+WARPGROUP_FLAGS = (
+    *build.SANITIZED,
+    f"-DDIFFIT_FOR_EACH_WIDTH(X)={f'X({WARPGROUP_WIDTH})' * 5}",
+    build.WARPGROUPS,
+)
 # Window, grid, batch, heads, head width.
 SHAPES = [
     (1, 1, 3, 2, 2, 3, 8),
@@ -44,6 +50,25 @@ def attention(parts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return build.link(target, [build.EMULATOR / "attention.cpp", *parts], FLAGS)
 
 
+@pytest.fixture(scope="module")
+def warpgroup_parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Objects; that of the warpgroup kernels in bfloat16 is the first."""
+    folder = tmp_path_factory.mktemp("warpgroup")
+    return [
+        *build.warpgroup(folder, WARPGROUP_FLAGS),
+        *build.objects(folder, WARPGROUP_FLAGS, widths=[WARPGROUP_WIDTH]),
+        *build.launcher(folder, WARPGROUP_FLAGS),
+    ]
+
+
+@pytest.fixture(scope="module")
+def warpgroup_attention(
+    warpgroup_parts: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    target = tmp_path_factory.mktemp("warpgroup") / "attention"
+    return build.link(target, [build.EMULATOR / "attention.cpp", *warpgroup_parts], WARPGROUP_FLAGS)
+
+
 def run(program: Path, shape: tuple[int, ...]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *map(str, shape)], capture_output=True, text=True)
 
@@ -57,6 +82,18 @@ def test_nothing_is_touched_that_is_not_there(attention: Path, shape: tuple[int,
     for _, access, needed, made in counts:
         if access == "ldmatrix":
             assert 0 < int(needed) == int(made), "the rows of a tile are in different banks"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 16, 16, 32, 2, 1, 64), (16, 16, 32, 16, 1, 2, 64), (8, 32, 8, 32, 5, 1, 64)],
+    ids=str,
+)
+def test_warpgroups_touch_nothing_that_is_not_there(
+    warpgroup_attention: Path, shape: tuple[int, ...]
+) -> None:
+    done = run(warpgroup_attention, shape)
+    assert done.returncode == 0, done.stderr
 
 
 # A file, what is replaced in it, by what, and what is then found.
@@ -122,6 +159,58 @@ PLANTED = {
         "out of bounds|nobody wrote",
     ),
 }
+
+
+# The same for warpgroups.
+PLANTED_FOR_WARPGROUPS = {
+    "no barrier before a tile is replaced": (
+        r"(wait_for_copies<0>\(\);\s+show_to_products\(\);\s+)block_barrier\(\);",
+        r"\1",
+        "race|nobody wrote|under way|not shown|waited",
+    ),
+    "copies are not shown to products": (
+        r"(wait_for_copies<0>\(\);\s+)show_to_products\(\);",
+        r"\1",
+        "not shown",
+    ),
+    "no wait for the copies": (
+        r"wait_for_copies<0>\(\);",
+        "",
+        "not waited for|under way",
+    ),
+    "products are not waited for before their tile is replaced": (
+        r"(multiply_keys\(1, step \+ 1\);.*?)wait_for_products\(\);",
+        r"\1",
+        "race|under way|not waited for",
+    ),
+    "the unit that no copy writes is not cleared": (
+        r"clear_last_unit<U, N>\(keys\(stage\)\);",
+        ";",
+        "nobody wrote",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_FOR_WARPGROUPS)
+def test_a_mistake_planted_for_warpgroups_is_found(
+    name: str, warpgroup_parts: list[Path], tmp_path: Path
+) -> None:
+    pattern, replacement, found = PLANTED_FOR_WARPGROUPS[name]
+    kernels = tmp_path / "kernels"
+    shutil.copytree(build.KERNELS, kernels)
+    file = kernels / "attention_large_warpgroup.h"
+    changed = re.sub(pattern, replacement, file.read_text(), count=1, flags=re.DOTALL)
+    assert changed != file.read_text()
+    file.write_text(changed)
+    wrong = build.warpgroup(tmp_path, WARPGROUP_FLAGS, kernels=kernels, types=["BFloat16"])
+    program = build.link(
+        tmp_path / "attention",
+        [build.EMULATOR / "attention.cpp", *wrong, *warpgroup_parts[1:]],
+        WARPGROUP_FLAGS,
+    )
+    done = run(program, (16, 16, 16, 16, 2, 1, 72 if "unit" in name else 64))
+    assert done.returncode != 0
+    assert re.search(found, done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("name", PLANTED)
