@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const W
     for (int window = work.split, step = 0; window < work.windows; window += work.splits) {
         const Head head(p, window, work.head);
         wait_for_copies<0>();
-        if (p.q_row) add_row<T, D>(q, rows, head_dim, p.q_row + head.in_row());
+        if (p.q_row) add_row<T, D>(q, rows, head_dim, own_unit<D>(head_dim, p.q_row + head.in_row()));
         block_barrier();
         uint32_t own_q[R][D / 16][4];
 #pragma unroll
@@ -218,7 +218,10 @@ __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const W
             const float inverse[2] = {1 / total[r][0], 1 / total[r][1]};
             const int first = opaque(work.slot + own + 16 * r);  // not in a register until here
             scale_rows(o[r], inverse);
-            if (p.v_row) add_to_rows<T, D>(o[r], p.v_row + done.in_row(), head_dim);
+            if (p.v_row)
+                add_to_rows<T, D>(o[r], head_dim, [row = p.v_row + done.in_row()](int column) {
+                    return *reinterpret_cast<const uint32_t*>(row + column);
+                });
             const LargeRows<uint16_t> out{slots, p.out + done.in_result(1), dim_of(p), first};
             store_directly<T, D>(o[r], head_dim, out);
             store_lse(LargeRows<float>{slots, p.lse + done.in_lse(), 1, first}, m[r], total[r]);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(threads, q_blocks<D>)
         commit_copies();
         wait_for_copies<0>();
         if (p.q_row) {
-            add_row<T, D>(q, block_rows, head_dim, p.q_row + head.in_row());
+            add_row<T, D>(q, block_rows, head_dim, own_unit<D>(head_dim, p.q_row + head.in_row()));
             store_own<D>(q, block_rows, head_dim,
                          LargeRows<uint16_t>{slots, p.q + head.in_result(1), dim_of(p), work.slot});
         }
@@ -231,7 +231,12 @@ __global__ void __launch_bounds__(threads, 2)
                 for (int i = 0; i < 4; ++i) ds[n][i] = s[n][i] * (ds[n][i] - of_delta.x[i % 2]);
             }
             accumulate<T, N, D>(dk, ds, q);
-            if (part) diagonals.add(part, length, ds, shape, work.slot + own, tile * N);
+            if (part) {
+                diagonals.sum(ds, shape, work.slot + own, tile * N, [&](int row, float sum) {
+                    if (row < length) add_async(part + row, sum);
+                });
+                diagonals.renew(shape);
+            }
         }
 
         const Head done(p, opaque(window), work.head);

@@ -5,7 +5,7 @@
 // computes the softmax as the forward pass did, and needs neither the output nor the log-sum-exp.
 #pragma once
 
-#include "tiles.h"
+#include "diagonals.h"
 
 namespace diffit::cuda {
 
@@ -16,9 +16,9 @@ struct SmallWork {
     int head, part, sample;  // part: of all samples
     int first, end;          // windows
 
-    DEVICE explicit SmallWork(const WindowAttention& p)
-        : head(block_index() % static_cast<int>(p.heads)),
-          part(block_index() / static_cast<int>(p.heads)),
+    DEVICE SmallWork(const WindowAttention& p, int block)
+        : head(block % static_cast<int>(p.heads)),
+          part(block / static_cast<int>(p.heads)),
           sample(part / static_cast<int>(p.splits)),
           first(part % static_cast<int>(p.splits) * static_cast<int>(p.steps) * at_once),
           end(first + static_cast<int>(p.steps) * at_once) {
@@ -27,7 +27,7 @@ struct SmallWork {
 
     // The token of each of the 64 rows, -1 where there is none.
     DEVICE void find_tokens(Shared<int> to, const WindowAttention& p, int from) const {
-        const int row = thread_index(), slot = row % N;
+        const int row = opaque(thread_index()), slot = row % N;
         if (row >= block_rows) return;
         const Window window(p, from + row / N);
         const bool live = from + row / N < end && slot < window.slots;
@@ -47,35 +47,48 @@ struct SmallRows {
     }
 };
 
+// Blocks that a multiprocessor holds at once, at least. With four a thread has 128 registers, which is
+// too few for wide heads.
+template <int D>
+constexpr int small_blocks = D == 32 ? 4 : 1;
+
 template <int D>
 constexpr int small_forward_shared(int height, int width) {
-    return 3 * tile_size<D>(block_rows) * 2 + (block_rows + table_size(table_rows(height, width))) * 4;
+    return tile_size<D>(3 * block_rows + 1) * 2 +
+           (block_rows + table_size(table_rows(height, width))) * 4;
 }
 
 template <class T, int D, int N>
-__global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttention p) {
-    const SmallWork<N> work(p);
+__global__ void __launch_bounds__(threads, small_blocks<D>) small_forward(const WindowAttention p) {
+    const SmallWork<N> work(p, block_index());
     const Window window(p, 0);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
     const int dim = dim_of(p), column = work.head * head_dim;
     const int64_t tokens = tokens_of(p);
     const auto q = shared_memory<uint16_t>(), k = q + tile_size<D>(block_rows),
-               v = k + tile_size<D>(block_rows);
-    const auto token_of = (v + tile_size<D>(block_rows)).template as<int>();
+               v = k + tile_size<D>(block_rows), v_row = v + tile_size<D>(block_rows);
+    const auto token_of = (v_row + row_stride<D>).template as<int>();
     const auto table = (token_of + block_rows).template as<float>();
     const uint16_t* qkv = p.qkv + work.sample * p.qkv_stride_batch + column;
-    load_table(table, p, work.head, window.table_rows());
+    const int64_t row = work.sample * p.row_stride_batch + column;
 
     for (int first = work.first; first < work.end; first += work.at_once) {
         work.find_tokens(token_of, p, first);
         block_barrier();
-        for (int part = 0; part < 3; ++part)
-            copy_tile<D>(q + part * tile_size<D>(block_rows), block_rows, head_dim, qkv,
-                         SmallRows<const uint16_t>{token_of, qkv + part * dim, p.qkv_stride_token});
+        SmallRows<const uint16_t> from{token_of, qkv, p.qkv_stride_token};
+        copy_tile<D>(q, block_rows, head_dim, qkv, from);
+        from.base += dim;
+        copy_tile<D>(k, block_rows, head_dim, qkv, from);
         commit_copies();
-        wait_for_copies<0>();
-        if (p.q_row)
-            add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
+        from.base += dim;
+        copy_tile<D>(v, block_rows, head_dim, qkv, from);
+        copy_tile<D>(v_row, 1, head_dim, qkv, [&](int) { return p.v_row ? p.v_row + row : nullptr; });
+        commit_copies();
+        // What else comes from memory is on its way before the first copies are waited for.
+        const Chunk q_row = p.q_row ? own_unit<D>(head_dim, p.q_row + row) : Chunk{};
+        if (first == work.first) load_table(table, p, opaque(work.head), window.table_rows());
+        wait_for_copies<1>();
+        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, q_row);
         block_barrier();
 
         const int keys = own / N * N * row_stride<D>;  // of the window of this warp
@@ -86,13 +99,16 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
         softmax_step(s, m, total, unused);
         for (int r = 0; r < 2; ++r) total[r] = row_sum(total[r]);
         zero(o);
+        wait_for_copies<0>();
+        block_barrier();
         accumulate<T, N, D>(o, s, v + keys);
         const float inverse[2] = {1 / total[0], 1 / total[1]};
         scale_rows(o, inverse);
         if (p.v_row)
-            add_to_rows<T, D>(o, p.v_row + work.sample * p.row_stride_batch + column, head_dim);
+            add_to_rows<T, D>(o, head_dim, [&](int at) {
+                return load((v_row + at).template as<uint32_t>());
+            });
 
-        warp_barrier();  // the queries of this warp are read
         store_rows<T, D>(q + own * row_stride<D>, o, head_dim,
                          SmallRows<uint16_t>{token_of + own,
                                              p.out + work.sample * tokens * dim + column, dim});
@@ -103,74 +119,69 @@ __global__ void __launch_bounds__(threads, 1) small_forward(const WindowAttentio
     }
 }
 
-// Stores an accumulator (16, N) of the warp into its rows of a (64, N) tile of float32.
-template <int N>
-constexpr int float_stride = N + 1;
-template <int N>
-DEVICE void store_floats(Shared<float> tile, const float (&x)[N / 8][4]) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            store(tile + ((16 * warp() + row_slot(0, i)) * float_stride<N> + column_slot(0, n, i)),
-                  x[n][i]);
-}
+// Threads that share a column of a tile to sum it, each some of the rows.
+template <int D>
+constexpr int column_threads = threads / D;
 
-// The sum of dS of a window over the pairs of row r of the table, query by query.
-template <int N>
-DEVICE float fold(Shared<float> tile, const Window& window, int r) {
-    const int stride = 2 * window.width - 1;
-    const int dy = r / stride - (window.height - 1), dx = r % stride - (window.width - 1);
-    const int shift = -dy * window.width - dx;  // from query to key
-    int x = -dx;                                // of the key
-    float total = 0;
-    for (int i = 0; i < window.slots; ++i) {
-        const int j = i + shift;
-        if (x >= 0 && x < window.width && j >= 0 && j < window.slots)
-            total += load(tile + (i * float_stride<N> + j));
-        if (++x == window.width - dx) x = -dx;
-    }
-    return total;
-}
+// A row of an accumulator: what a thread has of eight columns.
+struct alignas(16) Quad {
+    float x[4];
+};
 
 template <int D, int N>
 constexpr int small_backward_shared(int height, int width) {
     const int tiles = (4 * tile_size<D>(block_rows) + 2 * tile_size<N>(block_rows)) * 2;
-    const int floats = block_rows * float_stride<N> * 4;  // take their place at the end
-    return (tiles > floats ? tiles : floats) + (block_rows + table_size(table_rows(height, width))) * 4;
+    const int used = tiles + table_size(table_rows(height, width)) * 4;
+    const int pairs = warps * Diagonals<N>::size(width) * 4;  // take their place at the end
+    return (used > pairs ? used : pairs) + (block_rows + 2 * threads) * 4;
 }
 
 template <class T, int D, int N>
-__global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttention p) {
-    const SmallWork<N> work(p);
+__global__ void __launch_bounds__(threads, small_blocks<D>) small_backward(const WindowAttention p) {
+    const SmallWork<N> work(p, block_index());
     const Window window(p, 0);
     const int head_dim = static_cast<int>(p.head_dim), own = 16 * warp();
     const int rows = window.table_rows(), dim = dim_of(p), column = work.head * head_dim;
     const auto token_of = shared_memory<int>();
-    const auto table = (token_of + block_rows).template as<float>();
-    const auto q = (table + table_size(rows)).template as<uint16_t>(),
-               k = q + tile_size<D>(block_rows), v = k + tile_size<D>(block_rows),
-               grad = v + tile_size<D>(block_rows), prob = grad + tile_size<D>(block_rows),
-               grad_s = prob + tile_size<N>(block_rows);
-    const uint16_t* qkv = p.qkv + work.sample * p.qkv_stride_batch + column;
-    const uint16_t* grad_out = p.grad_out + work.sample * p.grad_out_stride_batch + column;
-    uint16_t* grad_qkv = p.grad_qkv + int64_t{work.sample} * tokens_of(p) * 3 * dim + column;
-    load_table(table, p, work.head, rows);
+    const auto q_sums = (token_of + block_rows).template as<float>(), v_sums = q_sums + threads;
+    const auto q = (v_sums + threads).template as<uint16_t>(), k = q + tile_size<D>(block_rows),
+               v = k + tile_size<D>(block_rows), grad = v + tile_size<D>(block_rows),
+               prob = grad + tile_size<D>(block_rows), grad_s = prob + tile_size<N>(block_rows);
+    const auto table = (grad_s + tile_size<N>(block_rows)).template as<float>();
+    store(q_sums + thread_index(), 0.0f);
+    store(v_sums + thread_index(), 0.0f);
 
-    float grad_logits[N / 8][4], q_sum = 0, v_sum = 0;
+    // The sum of dS. From step to step a warp keeps it in its rows of the tiles of P and dS: there are too
+    // few registers.
+    float grad_logits[N / 8][4];
+    const auto kept = [&](int n) {
+        const auto& tile = n < N / 16 ? prob : grad_s;
+        return (tile + own * row_stride<N>).template as<Quad>() + (n % (N / 16) * 32 + lane());
+    };
     zero(grad_logits);
     for (int first = work.first; first < work.end; first += work.at_once) {
         work.find_tokens(token_of, p, first);
         block_barrier();
-        for (int part = 0; part < 3; ++part)
-            copy_tile<D>(q + part * tile_size<D>(block_rows), block_rows, head_dim, qkv,
-                         SmallRows<const uint16_t>{token_of, qkv + part * dim, p.qkv_stride_token});
+        // Opaque: not kept in registers through the loop.
+        const int64_t sample = opaque(work.sample);
+        const uint16_t* qkv = p.qkv + sample * p.qkv_stride_batch + column;
+        const uint16_t* grad_out = p.grad_out + sample * p.grad_out_stride_batch + column;
+        SmallRows<const uint16_t> from{token_of, qkv, p.qkv_stride_token};
+        copy_tile<D>(q, block_rows, head_dim, qkv, from);
+        from.base += dim;
+        copy_tile<D>(k, block_rows, head_dim, qkv, from);
+        commit_copies();
+        from.base += dim;
+        copy_tile<D>(v, block_rows, head_dim, qkv, from);
         copy_tile<D>(grad, block_rows, head_dim, qkv,
                      SmallRows<const uint16_t>{token_of, grad_out, p.grad_out_stride_token});
         commit_copies();
-        wait_for_copies<0>();
-        if (p.q_row)
-            add_row<T, D>(q, block_rows, head_dim, p.q_row + work.sample * p.row_stride_batch + column);
+        // What else comes from memory is on its way before the first copies are waited for.
+        const int64_t row = sample * p.row_stride_batch + column;
+        const Chunk q_row = p.q_row ? own_unit<D>(head_dim, p.q_row + row) : Chunk{};
+        if (first == work.first) load_table(table, p, opaque(work.head), rows);
+        wait_for_copies<1>();
+        if (p.q_row) add_row<T, D>(q, block_rows, head_dim, q_row);
         block_barrier();
 
         // The window of this warp: its first row, and the queries of this warp in it.
@@ -184,6 +195,8 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
         for (int r = 0; r < 2; ++r)
             inverse[r] = load(token_of + row_slot(own, 2 * r)) < 0 ? 0 : 1 / row_sum(total[r]);
         scale_rows(s, inverse);
+        wait_for_copies<0>();
+        block_barrier();
         product<T, N, D>(ds, grad + mine, v + keys);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
@@ -191,16 +204,24 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
         for (int r = 0; r < 2; ++r) mean[r] = row_sum(mean[r]);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
-            for (int i = 0; i < 4; ++i) {
-                ds[n][i] = s[n][i] * (ds[n][i] - mean[i / 2]);
-                grad_logits[n][i] += ds[n][i];
+            for (int i = 0; i < 4; ++i)
+                grad_logits[n][i] = ds[n][i] = s[n][i] * (ds[n][i] - mean[i / 2]);
+        if (first > work.first) {
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n) {
+                const Quad before = load(kept(n));
+                for (int i = 0; i < 4; ++i) grad_logits[n][i] += before.x[i];
             }
+            warp_barrier();
+        }
         store_halves<T, N>(prob + own * row_stride<N>, s);
         store_halves<T, N>(grad_s + own * row_stride<N>, ds);
 
         const float scale[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
         const int weights = base * row_stride<N> + own % N;  // this warp's keys are columns of them
-        SmallRows<uint16_t> to{token_of + own, grad_qkv, 3 * dim};
+        // Opaque: not kept in registers until here.
+        const int64_t first_token = int64_t{opaque(work.sample)} * tokens_of(p);
+        SmallRows<uint16_t> to{token_of + own, p.grad_qkv + first_token * 3 * dim + column, 3 * dim};
         float x[D / 8][4];
         zero(x);
         accumulate<T, N, D>(x, ds, k + keys);
@@ -218,25 +239,55 @@ __global__ void __launch_bounds__(threads, 1) small_backward(const WindowAttenti
         warp_barrier();  // dk is read
         store_rows<T, D>(v + mine, x, head_dim, to);
         block_barrier();
-        if (thread_index() < head_dim) {
-            if (p.q_part) q_sum += column_sum<T, D>(k, thread_index());
-            if (p.v_part) v_sum += column_sum<T, D>(grad, thread_index());
+        if (const int part = thread_index() / D; part < column_threads<D>) {
+            constexpr int share = block_rows / column_threads<D>;
+            const auto add = [&](Shared<float> sums, Shared<uint16_t> tile) {
+                const auto sum = sums + thread_index();
+                store(sum, load(sum) + column_sum<T, D, share>(tile + part * tile_size<D>(share),
+                                                               thread_index() % D));
+            };
+            if (p.q_part) add(q_sums, k);
+            if (p.v_part) add(v_sums, grad);
         }
+        if (first + work.at_once < work.end)
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n) {
+                Quad sum;
+                for (int i = 0; i < 4; ++i) sum.x[i] = grad_logits[n][i];
+                store(kept(n), sum);
+            }
         block_barrier();
     }
 
-    const int64_t place = int64_t{work.part} * dim + column + thread_index();
-    if (p.q_part && thread_index() < head_dim) p.q_part[place] = q_sum;
-    if (p.v_part && thread_index() < head_dim) p.v_part[place] = v_sum;
+    const SmallWork<N> done(p, opaque(block_index()));  // not kept in registers through the loop
+    if (thread_index() < head_dim) {
+        const int64_t place = int64_t{done.part} * dim + done.head * head_dim + thread_index();
+        const auto total = [&](Shared<float> sums) {
+            float sum = 0;
+            for (int part = 0; part < column_threads<D>; ++part)
+                sum += load(sums + (part * D + thread_index()));
+            return sum;
+        };
+        if (p.q_part) p.q_part[place] = total(q_sums);
+        if (p.v_part) p.v_part[place] = total(v_sums);
+    }
     if (!p.table_part) return;
-    const auto floats = q.template as<float>();
-    store_floats<N>(floats, grad_logits);
+    // Rows are queries, so the diagonals count the rows of the table backwards. A warp leaves its sums
+    // in the first row of its matrix.
+    const auto pairs = q.template as<float>();
+    const Diagonals<N> diagonals(pairs, window.width);
+    diagonals.sum(grad_logits, window, own % N, 0,
+                  [&](int row, float sum) { store(diagonals.matrix + row, sum); });
     block_barrier();
-    float* part = p.table_part + (work.head * p.batch * p.splits + work.part) * rows;
+    float* part = p.table_part + (done.head * p.batch * p.splits + done.part) * rows;
     for (int r = thread_index(); r < rows; r += threads) {
         float sum = 0;
-        for (int row = 0; row < block_rows; row += N)
-            sum += fold<N>(floats + row * float_stride<N>, window, r);
+        for (int w = 0; w < warps; ++w) {
+            const int end = 16 * w % N + 16, last = (end < window.slots ? end : window.slots) - 1;
+            const int i = window.center() + window.position(last) - r;
+            if (i >= 0 && i < diagonals.columns(window.width))
+                sum += load(pairs + (w * diagonals.size(window.width) + i));
+        }
         part[r] = sum;
     }
 }

@@ -1,5 +1,4 @@
-// The gradient of the table in windows of more than 64 tokens: sums of dS over what meets in one row of
-// the table.
+// The gradient of the table: sums of dS over what meets in one row of it.
 #pragma once
 
 #include "tiles.h"
@@ -47,9 +46,11 @@ struct Diagonals {
             store((matrix + 4 * unit).template as<Chunk>(), Chunk{});
     }
 
-    // Adds dS, (keys from `key` on, queries from `query` on), to part, of `length` rows of the table.
-    DEVICE void add(float* part, int length, const float (&ds)[N / 8][4], const Window& window, int key,
-                    int query) const {
+    // Sums dS, (keys from `key` on, queries from `query` on), and calls each(row, sum), with rows of the
+    // table counted from that of the last key and query 0 on.
+    template <class Each>
+    DEVICE void sum(const float (&ds)[N / 8][4], const Window& window, int key, int query,
+                    const Each& each) const {
         key = opaque(key);  // what depends on it alone takes too many registers in a loop
         const int step = pitch(window.width) - 1;
         const int last = key + 16 < window.slots ? key + 15 : window.slots - 1;
@@ -85,9 +86,12 @@ struct Diagonals {
             float total[2] = {0, 0};
 #pragma unroll
             for (int t = 0; t < 16; ++t) total[t % 2] += load(matrix + (t * stride + column));
-            if (i < length) add_async(part + i, total[0] + total[1]);
+            each(i, total[0] + total[1]);
         }
-        // Where tiles are cut alike, the same places are written again.
+    }
+
+    // Before the next tiles. Where they are cut alike, the same places are written again.
+    DEVICE void renew(const Window& window) const {
         if (window.width % 16 || (N % window.width && window.width % N)) {
             warp_barrier();
             clear();

@@ -40,7 +40,7 @@ struct WindowAttention {
                                  // large: of the windows of all samples, each takes every splits-th
     float *weight, *delta;       // (B, heads, L): 1 / sum of a row, and rowsum(P dP)
     uint16_t* q;                 // (B, L, C): q + q_row, null without q_row
-    float* table_part;           // (heads, splits, groups of keys, length) or null, see sum_table
+    float* table_part;           // (heads, splits, groups of keys, length) or null, see sum_parts.h
     float *q_part, *v_part;      // (B, parts, C) or null
 };
 

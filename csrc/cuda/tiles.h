@@ -33,12 +33,20 @@ DEVICE int warp() { return thread_index() / 32; }
 DEVICE int column_slot(int first, int n, int i) { return first + 8 * n + lane() % 4 * 2 + i % 2; }
 DEVICE int row_slot(int first, int i) { return first + lane() / 4 + i / 2 * 8; }
 
-// The table of a head, by default for logits in base 2; zeros where there is none.
+// The table of a head times `factor`, by default for logits in base 2; zeros where there is none.
 DEVICE void load_table(Shared<float> to, const WindowAttention& p, int64_t head, int rows,
                        float factor = log2_e) {
-    for (int r = thread_index(); r < rows; r += threads_of_block()) {
-        const int64_t place = head * p.table_stride_head + r * p.table_stride_row;
-        store(to + r, p.table ? p.table[place] * factor : 0);
+    constexpr int at_once = 4;
+    const int step = threads_of_block();
+    const float* from = p.table + head * p.table_stride_head;
+    for (int first = opaque(thread_index()); first < rows; first += at_once * step) {
+        float x[at_once];
+        for (int i = 0; i < at_once; ++i) {
+            const int r = first + i * step;
+            x[i] = p.table && r < rows ? from[r * p.table_stride_row] : 0;
+        }
+        for (int i = 0; i < at_once; ++i)
+            if (first + i * step < rows) store(to + (first + i * step), x[i] * factor);
     }
 }
 
@@ -85,12 +93,18 @@ DEVICE Chunk sum(const Chunk& a, const Chunk& b) {
     return c;
 }
 
-// Adds a row of memory to all rows of a tile that copy_tile has copied. Each thread adds to what it
+// This thread's unit of a row of memory.
+template <int D>
+DEVICE Chunk own_unit(int head_dim, const uint16_t* row) {
+    if (own_column<D>() >= head_dim) return {};
+    return *reinterpret_cast<const Chunk*>(row + own_column<D>());
+}
+
+// Adds a row to all rows of a tile that copy_tile has copied. Each thread adds to what it
 // copied itself, so it has to wait for no other.
 template <class T, int D>
-DEVICE void add_row(Shared<uint16_t> tile, int rows, int head_dim, const uint16_t* source) {
+DEVICE void add_row(Shared<uint16_t> tile, int rows, int head_dim, const Chunk& added) {
     if (own_column<D>() >= head_dim) return;
-    const Chunk added = *reinterpret_cast<const Chunk*>(source + own_column<D>());
     for_own_units<D>(rows, [&](int row, int column) {
         const auto at = (tile + (row * row_stride<D> + column)).template as<Chunk>();
         store(at, sum<T>(load(at), added));
@@ -126,9 +140,10 @@ DEVICE void store_rows(Shared<uint16_t> tile, const float (&x)[D / 8][4], int he
                        const To& to) {
     store_halves<T, D>(tile, x);
     warp_barrier();
-    // Opaque: addresses that are known before a loop are not kept in registers through it.
-    for (int unit = opaque(lane()); unit < 16 * (D / 8); unit += 32) {
-        const int r = unit / (D / 8), c = unit % (D / 8) * 8;
+    const int first = opaque(lane());  // addresses are not kept in registers through a loop
+#pragma unroll
+    for (int before = 0; before < 16 * (D / 8); before += 32) {
+        const int r = (before + first) / (D / 8), c = (before + first) % (D / 8) * 8;
         uint16_t* target = to(r);
         if (target && c < head_dim)
             *reinterpret_cast<Chunk*>(target + c) =
@@ -151,24 +166,24 @@ DEVICE void store_directly(const float (&x)[D / 8][4], int head_dim, const To& t
     }
 }
 
-// Adds a row of memory to all rows of an accumulator.
-template <class T, int D>
-DEVICE void add_to_rows(float (&x)[D / 8][4], const uint16_t* row, int head_dim) {
+// Adds a row to all rows of an accumulator; pair_at(column) has two numbers of it.
+template <class T, int D, class PairAt>
+DEVICE void add_to_rows(float (&x)[D / 8][4], int head_dim, const PairAt& pair_at) {
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
         const int column = column_slot(0, n, 0);
         if (column >= head_dim) continue;
         float pair[2];
-        T::unpack(*reinterpret_cast<const uint32_t*>(row + column), pair[0], pair[1]);
+        T::unpack(pair_at(column), pair[0], pair[1]);
         for (int i = 0; i < 4; ++i) x[n][i] += pair[i % 2];
     }
 }
 
-// Sum of column `column` over the rows of a tile.
-template <class T, int D>
+// Sum of column `column` over some rows of a tile.
+template <class T, int D, int Rows = block_rows>
 DEVICE float column_sum(Shared<uint16_t> tile, int column) {
     float total = 0;
-    for (int row = 0; row < block_rows; ++row) {
+    for (int row = 0; row < Rows; ++row) {
         float x, unused;
         T::unpack(load(tile + (row * row_stride<D> + column)), x, unused);
         total += x;

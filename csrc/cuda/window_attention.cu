@@ -55,9 +55,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // forward pass sums nothing over blocks.)
 struct Plan {
     WindowAttention p;
-    int64_t window_tokens, tokens, row_parts;
-    // Parts for each group of keys; keys of a group, numbers of a part.
-    int64_t table_splits, table_keys, table_length;
+    int64_t window_tokens, tokens;
+    Parts parts;
     bool small;
 
     explicit Plan(const WindowAttention& problem) : p(problem) {
@@ -71,16 +70,16 @@ struct Plan {
             const int64_t groups = ceil_div(p.windows, window_tokens <= 16 ? block_rows / 16 : 1);
             p.steps = ceil_div(groups, ceil_div(p.blocks, p.batch * p.heads));
             p.splits = ceil_div(groups, p.steps);
-            row_parts = p.splits;
-            table_splits = p.batch * p.splits;
-            table_keys = window_tokens;
-            table_length = table_rows(height, width);
+            parts.rows = static_cast<int>(p.splits);
+            parts.table_splits = static_cast<int>(p.batch * p.splits);
+            parts.table_keys = static_cast<int>(window_tokens);
+            parts.table_length = table_rows(height, width);
         } else {
             cut();
-            row_parts = p.windows * ceil_div(window_tokens, block_rows);
-            table_keys = 16;
-            table_splits = p.splits;
-            table_length = table_part_size(height, width);
+            parts.rows = static_cast<int>(p.windows * ceil_div(window_tokens, block_rows));
+            parts.table_splits = static_cast<int>(p.splits);
+            parts.table_keys = 16;
+            parts.table_length = table_part_size(height, width);
         }
     }
 
@@ -115,9 +114,10 @@ struct Plan {
         take(p.weight, !small, p.batch * p.heads * tokens);
         take(p.delta, !small, p.batch * p.heads * tokens);
         take(p.table_part, p.grad_table,
-             p.heads * table_splits * ceil_div(window_tokens, table_keys) * table_length);
-        take(p.q_part, p.grad_q_row, p.batch * row_parts * dim_of(p));
-        take(p.v_part, p.grad_v_row, p.batch * row_parts * dim_of(p));
+             p.heads * parts.table_splits * ceil_div(window_tokens, parts.table_keys) *
+                 parts.table_length);
+        take(p.q_part, p.grad_q_row, p.batch * parts.rows * dim_of(p));
+        take(p.v_part, p.grad_v_row, p.batch * parts.rows * dim_of(p));
         return used;
     }
 
@@ -127,6 +127,20 @@ struct Plan {
 
     void run(const Kernel& kernel, int64_t blocks, void* stream, int block_threads = threads) const {
         launch(kernel.name, kernel.function, blocks, block_threads, shared_bytes(kernel), stream, p);
+    }
+
+    // What the blocks of the backward pass wrote.
+    void sum(void* stream) {
+        const int rows = table_rows(static_cast<int>(p.window_height),
+                                    static_cast<int>(p.window_width));
+        const int64_t of_table = p.grad_table ? p.heads * table_blocks(rows) : 0;
+        const int64_t of_row = p.batch * row_blocks(dim_of(p), parts.rows);
+        const int64_t blocks = of_table + of_row * (!!p.grad_q_row + !!p.grad_v_row);
+        if (!blocks) return;
+        parts.table_blocks = static_cast<int>(of_table);
+        parts.row_blocks = static_cast<int>(of_row);
+        launch("sum_parts", p.dtype == 1 ? sum_parts<BFloat16> : sum_parts<Float16>, blocks,
+               sum_threads, sum_threads * sizeof(float), stream, p, parts);
     }
 };
 
@@ -170,21 +184,7 @@ void backward(const WindowAttention& problem, void* stream) {
         plan.run(kernels.large_backward_q, blocks, stream);
         plan.run(kernels.large_backward_kv, blocks, stream);
     }
-    const int64_t dim = dim_of(p), size = p.batch * dim;
-    const auto sum_of_rows = p.dtype == 1 ? sum_rows<BFloat16> : sum_rows<Float16>;
-    for (auto [part, out] : {std::pair(p.q_part, p.grad_q_row), std::pair(p.v_part, p.grad_v_row)})
-        if (out)
-            launch<const float*, int64_t, int64_t, int64_t, uint16_t*>(
-                "sum_rows", sum_of_rows, ceil_div(size, threads), threads, 0, stream, part,
-                plan.row_parts, dim, size, out);
-    if (p.grad_table) {
-        const int rows = table_rows(static_cast<int>(p.window_height),
-                                    static_cast<int>(p.window_width));
-        launch<WindowAttention, int, int, int>(
-            "sum_table", sum_table, ceil_div(rows, 32) * p.heads, sum_threads,
-            sum_threads * sizeof(float), stream, p, static_cast<int>(plan.table_splits),
-            static_cast<int>(plan.table_keys), static_cast<int>(plan.table_length));
-    }
+    plan.sum(stream);
 }
 
 template <class Function>
@@ -211,7 +211,8 @@ EXPORT int64_t diffit_problem_size() { return sizeof(WindowAttention); }
 
 // Whether one of the kernels, and so all, can run on the current device.
 EXPORT const char* diffit_unavailable() {
-    return diffit::cuda::attempt([] { diffit::cuda::require(diffit::cuda::sum_table); });
+    using namespace diffit::cuda;
+    return attempt([] { require(sum_parts<BFloat16>); });
 }
 
 // Numbers of float32 that the backward pass of a problem needs.

@@ -104,6 +104,18 @@ PLANTED = {
         r"\1",
         "nobody wrote|race|waited",
     ),
+    "no wait for the values": (
+        "attention_small.h",
+        r"wait_for_copies<0>\(\);",
+        "",
+        "not waited for|under way",
+    ),
+    "no barrier before P takes the place of the sums": (
+        "attention_small.h",
+        r"(before = load\(kept.*?)warp_barrier\(\);",
+        r"\1",
+        "race",
+    ),
     "no barrier before the next window": (
         "attention_small.h",
         r"(store_lse\(.*?)block_barrier\(\);",
