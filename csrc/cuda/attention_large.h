@@ -218,10 +218,7 @@ __global__ void __launch_bounds__(threads, forward_blocks) large_forward(const W
             const float inverse[2] = {1 / total[r][0], 1 / total[r][1]};
             const int first = opaque(work.slot + own + 16 * r);  // not in a register until here
             scale_rows(o[r], inverse);
-            if (p.v_row)
-                add_to_rows<T, D>(o[r], head_dim, [row = p.v_row + done.in_row()](int column) {
-                    return *reinterpret_cast<const uint32_t*>(row + column);
-                });
+            if (p.v_row) add_row_to_rows<T, D>(o[r], head_dim, p.v_row + done.in_row());
             const LargeRows<uint16_t> out{slots, p.out + done.in_result(1), dim_of(p), first};
             store_directly<T, D>(o[r], head_dim, out);
             store_lse(LargeRows<float>{slots, p.lse + done.in_lse(), 1, first}, m[r], total[r]);

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(warpgroup_threads, 1)
             for (int i = 0; i < 2; ++i) total[r][i] = row_sum(total[r][i]);
             const float inverse[2] = {1 / total[r][0], 1 / total[r][1]};
             scale_rows(o[r], inverse);
-            if (p.v_row) add_to_rows<T, D>(o[r], p.v_row + head.in_row(), D);
+            if (p.v_row) add_row_to_rows<T, D>(o[r], D, p.v_row + head.in_row());
             const int first = opaque(work.slot + r * block_rows + own);
             const auto offset = [&](int row) {
                 const int slot = first + row;

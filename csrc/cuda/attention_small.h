@@ -191,9 +191,10 @@ __global__ void __launch_bounds__(threads, small_blocks<D>) small_backward(const
         add_bias<false>(s, static_cast<float>(p.scale), window, p.table, table, own % N, 0);
         float m[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, inverse[2], mean[2] = {0, 0};
         softmax_step(s, m, total, inverse);
+        for (int r = 0; r < 2; ++r) total[r] = row_sum(total[r]);
         // Rows that are no token add nothing to any sum.
         for (int r = 0; r < 2; ++r)
-            inverse[r] = load(token_of + row_slot(own, 2 * r)) < 0 ? 0 : 1 / row_sum(total[r]);
+            inverse[r] = load(token_of + row_slot(own, 2 * r)) < 0 ? 0 : 1 / total[r];
         scale_rows(s, inverse);
         wait_for_copies<0>();
         block_barrier();

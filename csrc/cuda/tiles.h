@@ -179,6 +179,14 @@ DEVICE void add_to_rows(float (&x)[D / 8][4], int head_dim, const PairAt& pair_a
     }
 }
 
+// The same of a row of memory.
+template <class T, int D>
+DEVICE void add_row_to_rows(float (&x)[D / 8][4], int head_dim, const uint16_t* row) {
+    add_to_rows<T, D>(x, head_dim, [row](int column) {
+        return *reinterpret_cast<const uint32_t*>(row + column);
+    });
+}
+
 // Sum of column `column` over some rows of a tile.
 template <class T, int D, int Rows = block_rows>
 DEVICE float column_sum(Shared<uint16_t> tile, int column) {
