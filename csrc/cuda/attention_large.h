@@ -14,6 +14,8 @@ template <int D>
 constexpr int forward_keys = D <= 112 ? 64 : 32;
 // Blocks that a multiprocessor holds at once.
 constexpr int forward_blocks = 2;
+// Windows that a block computes at most, one after another.
+constexpr int most_in_turn = 64;
 // Groups of 16 queries of a warp: what is loaded of a key serves them all.
 template <int D>
 constexpr int forward_groups = D <= 80 ? 2 : 1;

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "problem.h"
+#include "warpgroup.h"
 
 namespace diffit::cuda {
 
@@ -20,9 +21,20 @@ struct Kernels {
     int large_forward_rows, large_forward_at_once;  // of a block; blocks of a multiprocessor
 };
 
+// The boxes in which a tile is copied: 64 columns, and those left.
+struct TileMaps {
+    TensorMap columns, left;
+};
+
+struct WarpgroupKernel {
+    const char* name;
+    void (*function)(const WindowAttention, const TileMaps);
+    int (*shared_bytes)(int window_height, int window_width);
+};
+
 // Those of one dtype for warpgroups: of heads 64 and 72 wide, of windows 16 and 32 wide.
 struct WarpgroupKernels {
-    Kernel large_forward[2][2];
+    WarpgroupKernel large_forward[2][2];
 };
 
 }  // namespace diffit::cuda

@@ -432,36 +432,31 @@ DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool b
 // in any dtype.
 constexpr float rise = 8;
 
-// One step of a softmax over columns that come in parts, of logits s factor in base 2: s becomes
-// exp2(s factor - m), with m near the maximum of all columns so far, total the sum of this thread's, and
-// decay the factor of what was summed before: 1 where m is still near enough. `factor` is positive.
+// One step of a softmax over columns that come in parts: s becomes exp2(s - m), with m near the
+// maximum of all columns so far, total the sum of this thread's, and decay the factor of what was summed
+// before: 1 where m is still near enough.
 template <int N>
-DEVICE void softmax_step(float (&s)[N][4], float factor, float (&m)[2], float (&total)[2],
-                         float (&decay)[2]) {
-    float most[2] = {s[0][0], s[0][2]}, sum[2] = {0, 0};
+DEVICE void softmax_step(float (&s)[N][4], float (&m)[2], float (&total)[2], float (&decay)[2]) {
+    float next[2] = {m[0], m[1]}, sum[2] = {0, 0};
 #pragma unroll
     for (int n = 0; n < N; ++n)
-        for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], s[n][i]);
+        for (int i = 0; i < 4; ++i) next[i / 2] = fmaxf(next[i / 2], s[n][i]);
     float shift[2];
     for (int r = 0; r < 2; ++r) {
-        const float next = fmaxf(m[r], row_max(most[r]) * factor);
-        const float now = next <= m[r] + rise ? m[r] : next;
+        next[r] = row_max(next[r]);
+        if (next[r] <= m[r] + rise) next[r] = m[r];
         // The bias may mask every key so far: -inf less -inf is no number.
-        shift[r] = now == -INFINITY ? 0 : now;
+        shift[r] = next[r] == -INFINITY ? 0 : next[r];
         decay[r] = exp2_fast(m[r] - shift[r]);
-        m[r] = now;
+        m[r] = next[r];
     }
 #pragma unroll
     for (int n = 0; n < N; ++n)
         for (int i = 0; i < 4; ++i) {
-            s[n][i] = exp2_fast(s[n][i] * factor - shift[i / 2]);
+            s[n][i] = exp2_fast(s[n][i] - shift[i / 2]);
             sum[i / 2] += s[n][i];
         }
     for (int r = 0; r < 2; ++r) total[r] = total[r] * decay[r] + sum[r];
-}
-template <int N>
-DEVICE void softmax_step(float (&s)[N][4], float (&m)[2], float (&total)[2], float (&decay)[2]) {
-    softmax_step(s, 1, m, total, decay);
 }
 
 // The log-sum-exp of the rows of an accumulator to at(row), unless that is null.

@@ -40,8 +40,8 @@ DEVICE void store(Shared<T> to, T value) {
     *to.data = value;
 }
 
-// Declared once for all kernels: the memory that the launch asked for.
-extern __shared__ __align__(16) char dynamic_shared_memory[];
+// Declared once for all kernels: the memory that the launch asked for, aligned for swizzled tiles.
+extern __shared__ __align__(1024) char dynamic_shared_memory[];
 
 template <class T>
 DEVICE Shared<T> shared_memory() {
@@ -57,6 +57,8 @@ DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE float shuffle_xor(float value, int lanes) {
     return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
+
+DEVICE bool any_lane(bool value) { return __any_sync(0xffffffffu, value); }
 
 template <class T>
 DEVICE uint32_t shared_address(Shared<T> p) {

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "sum_parts.h"
+#include "tensor_map.h"
 
 namespace diffit::cuda {
 
@@ -26,14 +27,16 @@ extern const WarpgroupKernels bfloat16_warpgroup, float16_warpgroup;
 namespace {
 
 // The forward kernel of attention_large_warpgroup.h, or null where it cannot run.
-const Kernel* warpgroup_kernel_of(const WindowAttention& p) {
+const WarpgroupKernel* warpgroup_kernel_of(const WindowAttention& p) {
 #ifdef DIFFIT_WARPGROUPS
-    // What the kernels assume; offsets within a tile are counted in 32 bits, and the scale divides.
-    const int64_t tile = warpgroup_queries / p.window_width * p.grid_width * p.qkv_stride_token;
+    // Windows of whole blocks, tensors that can be mapped, a scale to divide by.
+    const int64_t row = p.grid_width * p.qkv_stride_token;
     const bool fits = (p.head_dim == 64 || p.head_dim == 72) &&
                       (p.window_width == 16 || p.window_width == 32) &&
                       p.window_height * p.window_width % warpgroup_queries == 0 &&
-                      p.scale >= 0x1p-10 && p.scale <= 0x1p10 && tile < int64_t{1} << 31;
+                      p.qkv_stride_token >= 3 * dim_of(p) && p.qkv_stride_batch >= row &&
+                      p.qkv_stride_batch % row == 0 && row < int64_t{1} << 38 &&
+                      p.qkv_stride_batch < int64_t{1} << 38 && p.scale >= 0x1p-10 && p.scale <= 0x1p10;
     const auto& kernels = p.dtype == 1 ? bfloat16_warpgroup : float16_warpgroup;
     if (fits && has_warpgroups())
         return &kernels.large_forward[p.head_dim == 72][p.window_width == 32];
@@ -95,7 +98,7 @@ struct Plan {
     int64_t cut_forward(int rows, int64_t at_once) {
         const int64_t blocks = ceil_div(window_tokens, rows) * p.heads, windows = p.batch * p.windows;
         int64_t least = std::numeric_limits<int64_t>::max();
-        for (int64_t in_turn = 1; in_turn <= std::min<int64_t>(windows, 64); ++in_turn) {
+        for (int64_t in_turn = 1; in_turn <= std::min<int64_t>(windows, most_in_turn); ++in_turn) {
             const int64_t splits = ceil_div(windows, in_turn);
             const int64_t time = ceil_div(blocks * splits, at_once) * (2 * in_turn + 1);
             if (time < least) least = time, p.splits = splits;
@@ -125,8 +128,8 @@ struct Plan {
         return kernel.shared_bytes(static_cast<int>(p.window_height), static_cast<int>(p.window_width));
     }
 
-    void run(const Kernel& kernel, int64_t blocks, void* stream, int block_threads = threads) const {
-        launch(kernel.name, kernel.function, blocks, block_threads, shared_bytes(kernel), stream, p);
+    void run(const Kernel& kernel, int64_t blocks, void* stream) const {
+        launch(kernel.name, kernel.function, blocks, threads, shared_bytes(kernel), stream, p);
     }
 
     // What the blocks of the backward pass wrote.
@@ -162,9 +165,15 @@ void forward(const WindowAttention& problem, void* stream) {
         plan.run(kernels.small_forward[plan.window_tokens > 16], p.heads * p.batch * p.splits, stream);
         return;
     }
-    if (const Kernel* kernel = warpgroup_kernel_of(p)) {
-        const int64_t blocks = plan.cut_forward(warpgroup_queries, multiprocessors());
-        plan.run(*kernel, blocks, stream, warpgroup_threads);
+    if (const WarpgroupKernel* kernel = warpgroup_kernel_of(p)) {
+        const int64_t blocks = plan.cut_forward(warpgroup_queries, forward_blocks * multiprocessors());
+        const int width = static_cast<int>(p.window_width), height = static_cast<int>(p.window_height);
+        const auto map = [&](int columns) {
+            return tensor_map(p.qkv, p, columns, width, block_rows / width);
+        };
+        launch<WindowAttention, TileMaps>(kernel->name, kernel->function, blocks, threads,
+                                          kernel->shared_bytes(height, width), stream, p,
+                                          {map(64), map(8)});
         return;
     }
     const int64_t at_once = kernels.large_forward_at_once * multiprocessors();

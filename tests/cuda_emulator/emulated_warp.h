@@ -70,6 +70,20 @@ inline float shuffle_xor(float value, int lanes) {
     return argument.result;
 }
 
+inline bool any_lane(bool value) {
+    struct Argument {
+        bool value, result;
+    } argument{value, false};
+    emulator::collective("a vote", &argument, [](void* const* arguments) {
+        bool any = false;
+        for (int lane = 0; lane < emulator::lanes; ++lane)
+            any |= static_cast<Argument*>(arguments[lane])->value;
+        for (int lane = 0; lane < emulator::lanes; ++lane)
+            static_cast<Argument*>(arguments[lane])->result = any;
+    });
+    return argument.result;
+}
+
 inline void add_async(float* to, float value) { *to += value; }
 
 inline void copy_async(Shared<uint16_t> to, const uint16_t* from, bool live) {

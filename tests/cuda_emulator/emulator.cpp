@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
+#include <new>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -73,10 +75,20 @@ struct Warp {
     std::vector<std::function<void()>> issued, committed;  // products
 };
 
+struct Phase {
+    size_t bytes;  // still to come
+    std::vector<Copy> copies;
+};
+struct Barrier {
+    int over = 0;  // phases
+    std::deque<Phase> phases;
+};
+
 std::vector<Fibre> fibres;
 std::vector<Warp> warps;
+std::map<const void*, Barrier> barriers;
 std::vector<Cell> cells;
-std::unique_ptr<char[]> memory;
+std::unique_ptr<char, decltype(&std::free)> memory(nullptr, std::free);
 size_t memory_bytes = 0;
 uint32_t block_epoch = 0;
 int arrived_at_block = 0, threads_of_block = 0, running = nobody;
@@ -232,11 +244,14 @@ void check_read(Cell& cell, int thread) {
 
 void run_block() {
     // Exactly sized, so that AddressSanitizer too knows where it ends; nothing in it is a number.
-    memory.reset(new char[memory_bytes]);
+    void* allocated = nullptr;
+    if (posix_memalign(&allocated, 1024, memory_bytes)) throw std::bad_alloc();
+    memory.reset(static_cast<char*>(allocated));
     std::memset(memory.get(), 0xff, memory_bytes);
     cells.assign(memory_bytes / 2, {});
     warps.assign(threads_of_block / lanes, {});
-    block_epoch = 0;
+    barriers.clear();
+    block_epoch = 1;
     arrived_at_block = 0;
     for (int i = 0; i < threads_of_block; ++i) {
         Fibre& fibre = fibres[i];
@@ -397,8 +412,57 @@ void check_product(const void* at, size_t bytes) {
     check(Access::read, at, bytes, running);
     Cell* cell = cells_at(at, bytes);
     for (size_t i = 0; i < bytes / 2; ++i)
-        if (const Event& write = cell[i].write; fibres[write.thread].shown == write.shown)
+        if (const Event& write = cell[i].write;
+            write.thread != nobody && fibres[write.thread].shown == write.shown)
             fail("a product reads what was not shown to products" + place(cell[i]));
+}
+
+void initialize_barrier(void* barrier) {
+    check(Access::write, barrier, 8, running);
+    barriers[barrier] = {};
+}
+
+void begin_phase(void* barrier, size_t bytes) { barriers.at(barrier).phases.push_back({bytes, {}}); }
+
+void copy_in_phase(void* barrier, void* to, const void* from, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % bytes)
+        fail("a box: the source is not aligned to " + std::to_string(bytes) + " bytes");
+    Phase& phase = barriers.at(barrier).phases.back();
+    if (phase.bytes < bytes) fail("more bytes are copied than the barrier expects");
+    phase.bytes -= bytes;
+    check(Access::write, to, bytes, running);
+    Copy copy{static_cast<char*>(to), std::vector<char>(bytes)};
+    std::memcpy(copy.bytes.data(), from, bytes);
+    std::memset(to, 0xff, bytes);
+    Cell* cell = cells_at(to, bytes);
+    for (size_t i = 0; i < bytes / 2; ++i) cell[i].copying = running;
+    phase.copies.push_back(std::move(copy));
+}
+
+void wait_for_phase(void* at, int phase) {
+    check(Access::read, at, 8, running);
+    Barrier& barrier = barriers.at(at);
+    // The hardware knows the parity alone.
+    for (int tries = 0; barrier.over % 2 == phase % 2; ++tries) {
+        if (!barrier.phases.empty()) {
+            if (barrier.phases.front().bytes) fail("fewer bytes are copied than the barrier expects");
+            for (const Copy& copy : barrier.phases.front().copies) {
+                std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+                Cell* cell = cells_at(copy.to, copy.bytes.size());
+                for (size_t i = 0; i < copy.bytes.size() / 2; ++i) {
+                    cell[i].copying = nobody;
+                    cell[i].write = {nobody, block_epoch - 1, 0, 0};  // seen by all that wait
+                }
+            }
+            barrier.phases.pop_front();
+            ++barrier.over;
+        } else if (tries > threads_of_block) {
+            fail("it waits for copies that nobody starts");
+        } else {
+            fibres[running].state = Fibre::ready;
+            leave();
+        }
+    }
 }
 
 Wavefronts& wavefronts(Kind kind) { return counts[static_cast<int>(kind)]; }

@@ -49,6 +49,13 @@ void show_to_products();
 // Every access of a product to shared memory.
 void check_product(const void* at, size_t bytes);
 
+// Barriers that count what is copied in the background, in phases: the bytes are there when somebody has waited
+// for the phase. A place in shared memory stands for each.
+void initialize_barrier(void* barrier);
+void begin_phase(void* barrier, size_t bytes);
+void copy_in_phase(void* barrier, void* to, const void* from, size_t bytes);
+void wait_for_phase(void* barrier, int phase);
+
 // Accesses to shared memory as the hardware makes them, in wavefronts of at most 32 banks of 4
 // bytes; more wavefronts than an access of its width needs are bank conflicts.
 struct Wavefronts {
