@@ -14,8 +14,8 @@ from tests.cuda_emulator import build
 if build.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-# One head width is enough: what is padded, and what is not. Warpgroups have another: it takes the places of
-# all that come before it.
+# One head width is enough: what is padded, and what is not. Warpgroups have another: it takes the
+# places of all that come before it.
 WIDTH, WARPGROUP_WIDTH = 16, 80
 FLAGS = (*build.SANITIZED, f"-DDIFFIT_FOR_EACH_WIDTH(X)=X({WIDTH})")
 WARPGROUP_FLAGS = (

@@ -181,7 +181,7 @@ def test_what_a_device_has_to_be(
     assert (triton.unavailable.__wrapped__() is None) == (capability >= (8, 0))
 
 
-# (machine, kernel, head width, or units of 8) and bytes: numbers that are read once for each window.
+# (machine, kernel, head width or units of 8) and bytes: numbers that are read once for a window.
 SPILLED = {("sm_120", "large_forward", 80): 8, ("sm_90a", "large_forward_warpgroup", 9): 8}
 
 
