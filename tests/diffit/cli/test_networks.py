@@ -16,18 +16,25 @@ from diffit.files import sha256_of
 from diffit.models import create_model, save_weights
 from tests.diffit.cli.test_sample import PRESET
 
+PRESETS = (PRESET, "diffit_emoji_64")
 FILE = SHIPPED / f"{PRESET}.safetensors"
 
 
-def test_the_shipped_file_is_small_and_found() -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_shipped_file_is_small_and_found(preset: str) -> None:
     """Tensors in bfloat16, under 8 MB; names and shapes of the preset; run in float32."""
-    assert FILE.stat().st_size < 8e6
-    assert {tensor.dtype for tensor in load_file(FILE).values()} == {torch.bfloat16}
-    by_preset, by_file = find_network(PRESET, None), find_network(None, str(FILE))
-    assert by_preset.weights == sha256_of(FILE)
-    assert by_file.preset == PRESET
+    file = SHIPPED / f"{preset}.safetensors"
+    assert file.stat().st_size < 8e6
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    by_preset, by_file = find_network(preset, None), find_network(None, str(file))
+    assert by_preset.weights == sha256_of(file)
+    assert by_file.preset == preset
     assert {value.dtype for value in by_preset.network.parameters()} == {torch.float32}
-    create_model(PRESET).load_state_dict(by_preset.network.state_dict(), strict=True)
+    create_model(preset).load_state_dict(by_preset.network.state_dict(), strict=True)
+
+
+def test_no_other_file_is_shipped() -> None:
+    assert {path.stem for path in SHIPPED.glob("*.safetensors")} == set(PRESETS)
 
 
 def test_weights_are_of_their_preset(tmp_path: Path) -> None:
@@ -44,10 +51,11 @@ def test_weights_are_of_their_preset(tmp_path: Path) -> None:
         assert find_network(PRESET, str(tmp_path / "a.safetensors")).preset == PRESET
 
 
-def test_the_shipped_network_draws(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_shipped_network_draws(preset: str, tmp_path: Path, capsys: Any) -> None:
     """On white, as all pictures of the set are, with something on it; random weights are not."""
     out = tmp_path / "a.npz"
-    command = ["sample", "--preset", PRESET, "--steps", "5", "--seeds", "0-1", "--out", str(out)]
+    command = ["sample", "--preset", preset, "--steps", "5", "--seeds", "0-1", "--out", str(out)]
     assert main(command) == 0
     assert "no weights" not in capsys.readouterr().out
     with np.load(out) as arrays:
