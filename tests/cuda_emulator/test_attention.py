@@ -84,11 +84,8 @@ def test_nothing_is_touched_that_is_not_there(attention: Path, shape: tuple[int,
             assert 0 < int(needed) == int(made), "the rows of a tile are in different banks"
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(16, 16, 16, 32, 2, 1, 64), (16, 16, 32, 16, 1, 2, 72), (4, 32, 8, 32, 5, 1, 64)],
-    ids=str,
-)
+# Products are slow here: one block of several windows, and two blocks of one.
+@pytest.mark.parametrize("shape", [(4, 32, 8, 32, 3, 1, 64), (16, 16, 16, 16, 1, 1, 72)], ids=str)
 def test_warpgroups_touch_nothing_that_is_not_there(
     warpgroup_attention: Path, shape: tuple[int, ...]
 ) -> None:
@@ -220,7 +217,7 @@ def test_a_mistake_planted_for_warpgroups_is_found(
         [build.EMULATOR / "attention.cpp", *wrong, *warpgroup_parts[1:]],
         WARPGROUP_FLAGS,
     )
-    done = run(program, (16, 16, 16, 16, 2, 1, 72))
+    done = run(program, (16, 16, 16, 16, 1, 1, 72))
     assert done.returncode != 0
     assert re.search(found, done.stderr), done.stderr
 

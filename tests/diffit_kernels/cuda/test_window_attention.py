@@ -41,7 +41,7 @@ CASES = [
     for window, windows, heads, batch in SHAPES
     for width in WIDTHS
 ]
-# Tiles of 64 and of 32 that a window does not fill.
+# Tiles of 64 and of 32 that a window does not fill, and several windows of whole tiles.
 ODD = [
     AttentionCase(window, width, windows=windows, heads=heads, batch=batch, device=DEVICE)
     for window, width, windows, heads, batch in [
@@ -52,6 +52,7 @@ ODD = [
         ((67, 1), 48, (1, 2), 1, 2),
         ((2, 67), 24, (1, 1), 2, 1),
         ((9, 16), 40, (3, 1), 1, 2),
+        ((8, 16), 72, (2, 1), 1, 3),
     ]
 ]
 SMALL = AttentionCase((3, 5), 24, windows=(3, 2), device=DEVICE)
