@@ -374,24 +374,8 @@ DEVICE void scale_rows(float (&x)[N][4], const float (&factor)[2]) {
         for (int i = 0; i < 4; ++i) x[n][i] *= factor[i / 2];
 }
 
-// Products to logits in base 2, s scale + bias, where eight columns are a part of a row of the window:
-// they stand side by side in the table. Rows are queries and columns keys, or the reverse.
-template <bool RowsAreKeys, int N>
-DEVICE void add_bias_by_eights(float (&s)[N][4], float scale, const Window& window, Shared<float> table,
-                               const int (&row_position)[2], int first_column) {
-    const int sign = RowsAreKeys ? 1 : -1, column = column_slot(0, 0, 0);
-    const Shared<float> here[2] = {table + (window.center() + sign * (column - row_position[0])),
-                                   table + (window.center() + sign * (column - row_position[1]))};
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        const int there = sign * window.position(first_column + 8 * n);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            s[n][i] = s[n][i] * (scale * log2_e) + load(here[i / 2] + there + sign * (i % 2));
-    }
-}
-
-// The same of any columns, -inf in those that are no token. `table` is null where there is none.
+// Products to logits in base 2: s scale + bias, -inf in columns that are no token. Rows are queries
+// and columns keys, or the reverse. `table` is null where there is none.
 template <bool RowsAreKeys, int N>
 DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool biased,
                      Shared<float> table, int first_row, int first_column) {
@@ -404,8 +388,18 @@ DEVICE void add_bias(float (&s)[N][4], float scale, const Window& window, bool b
         const int slot = row_slot(first_row, 2 * r);
         row_position[r] = window.position(slot < last ? slot : last);
     }
+    // Eight columns that are a part of a row of the window stand side by side in the table.
     if (biased && window.width % 8 == 0 && first_column + 8 * N <= window.slots) {
-        add_bias_by_eights<RowsAreKeys>(s, scale, window, table, row_position, first_column);
+        const int sign = RowsAreKeys ? 1 : -1, column = column_slot(0, 0, 0);
+        const Shared<float> here[2] = {table + (window.center() + sign * (column - row_position[0])),
+                                       table + (window.center() + sign * (column - row_position[1]))};
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int there = sign * window.position(first_column + 8 * n);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                s[n][i] = s[n][i] * (scale * log2_e) + load(here[i / 2] + there + sign * (i % 2));
+        }
         return;
     }
 #pragma unroll
