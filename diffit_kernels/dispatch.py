@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 from diffit_kernels import cuda, native, reference, triton
@@ -34,8 +35,11 @@ _chosen: str | None = None
 
 
 def _choice() -> str:
-    if _chosen is not None:
-        return _chosen
+    return _from_environment() if _chosen is None else _chosen
+
+
+@cache  # looking there takes longer than choosing
+def _from_environment() -> str:
     return _checked(os.environ.get("DIFFIT_BACKEND", "auto"), "DIFFIT_BACKEND")
 
 
@@ -46,7 +50,7 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "auto" (the default elsewhere), "reference", "cpu", "triton" or "cuda". The choice
             holds for the whole process, so that it also reaches autograd's threads, and comes
-            before the environment variable ``DIFFIT_BACKEND``.
+            before the environment variable ``DIFFIT_BACKEND``, which is read once.
 
     Raises:
         ValueError: there is no backend of that name.

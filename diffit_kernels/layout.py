@@ -20,8 +20,8 @@ def equally_spaced(
     rows = [row for row in (q_row, v_row) if row is not None]
     if not rows:
         return None, None, 0
-    stride = rows[0].stride(0)
-    if all(row.stride() == (stride, 1) for row in rows):
-        return q_row, v_row, stride
+    first, last = rows[0].stride(), rows[-1].stride()
+    if first == last and first[1] == 1:
+        return q_row, v_row, first[0]
     q_row, v_row = (None if row is None else row.contiguous() for row in (q_row, v_row))
     return q_row, v_row, rows[0].shape[1]

@@ -3,14 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float32, *HALF, torch.float64)
+
+Answer = TypeVar("Answer")
+
+
+class Described(NamedTuple):
+    """What checks see of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+_TENSOR = (Tensor, Described)
+_MOST_ANSWERS = 1024
+
+
+def remembered(check: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A check that remembers its answers, each for all calls with arguments like that.
+
+    It is called with tensors and gets them as ``Described``. In a small layer the checks would take
+    longer than the kernels.
+    """
+    answers: dict[tuple[Any, ...], Answer] = {}
+
+    @wraps(check)
+    def call(*args: Any) -> Answer:
+        compiling = torch.compiler.is_compiling()  # compilers guard sizes themselves
+        if not compiling:
+            key = tuple(
+                [
+                    (arg.shape, arg.dtype, arg.device) if isinstance(arg, Tensor) else arg
+                    for arg in args
+                ]
+            )
+            try:
+                return answers[key]
+            except (KeyError, TypeError):  # lists, and sizes that are symbols, have no hash
+                pass
+        answer = check(*[_described(arg) for arg in args])
+        if not compiling:
+            if len(answers) >= _MOST_ANSWERS:
+                answers.clear()
+            with suppress(TypeError):
+                answers[key] = answer
+        return answer
+
+    return call
+
+
+def _described(arg: Any) -> Any:
+    return Described(arg.shape, arg.dtype, arg.device) if isinstance(arg, Tensor) else arg
 
 
 @dataclass(frozen=True)
@@ -61,12 +115,13 @@ class WindowAttentionProblem:
         return 4 * self.batch * self.num_heads * self.tokens * self.window_tokens * self.head_dim
 
     @classmethod
+    @remembered
     def from_tensors(
         cls,
-        qkv: Tensor,
-        rel_pos_table: Tensor | None,
-        q_row: Tensor | None,
-        v_row: Tensor | None,
+        qkv: Described,
+        rel_pos_table: Described | None,
+        q_row: Described | None,
+        v_row: Described | None,
         num_heads: int,
         window_size: Sequence[int],
         grid_size: Sequence[int],
@@ -79,7 +134,7 @@ class WindowAttentionProblem:
             ValueError: a shape, window, grid or scale that does not fit.
         """
         require_floating("qkv", qkv)
-        if qkv.dim() != 3:
+        if len(qkv.shape) != 3:
             raise ValueError(f"qkv: expected (B, L, 3C), got shape {shape(qkv)}")
         batch, tokens, packed = qkv.shape
         if num_heads < 1:
@@ -135,14 +190,15 @@ class MLPProblem:
     device_type: str
 
     @classmethod
+    @remembered
     def from_tensors(
         cls,
-        x: Tensor,
-        fc1_weight: Tensor,
-        fc1_bias: Tensor,
-        fc2_weight: Tensor,
-        fc2_bias: Tensor,
-        residual: Tensor | None = None,
+        x: Described,
+        fc1_weight: Described,
+        fc1_bias: Described,
+        fc2_weight: Described,
+        fc2_bias: Described,
+        residual: Described | None = None,
     ) -> MLPProblem:
         """Check the arguments of ``mlp`` and return their problem.
 
@@ -154,7 +210,7 @@ class MLPProblem:
         rows, features = require_rows("x", x)
         for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
             require_like(name, weight, x.dtype, x)
-            if weight.dim() != 2 or 0 in weight.shape:
+            if len(weight.shape) != 2 or 0 in weight.shape:
                 raise ValueError(
                     f"{name}: expected (out_features, in_features), got shape {shape(weight)}"
                 )
@@ -191,7 +247,8 @@ class AddLayerNormProblem:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @classmethod
-    def from_tensors(cls, x: Tensor, y: Tensor, eps: float) -> AddLayerNormProblem:
+    @remembered
+    def from_tensors(cls, x: Described, y: Described, eps: float) -> AddLayerNormProblem:
         """Check the arguments of ``add_layer_norm`` and return their problem.
 
         Raises:
@@ -209,7 +266,8 @@ class AddLayerNormProblem:
         return cls(rows, features, x.dtype, y.dtype, x.device.type)
 
     @classmethod
-    def of_norm(cls, x: Tensor, dtype: torch.dtype, eps: float) -> AddLayerNormProblem:
+    @remembered
+    def of_norm(cls, x: Described, dtype: torch.dtype, eps: float) -> AddLayerNormProblem:
         """Check the arguments of ``layer_norm``, whose result has ``dtype``, likewise."""
         problem = cls.from_tensors(x, x, eps)
         if dtype != x.dtype and not (x.dtype == torch.float32 and dtype in HALF):
@@ -220,7 +278,7 @@ class AddLayerNormProblem:
 Problem = WindowAttentionProblem | MLPProblem | AddLayerNormProblem
 
 
-def shape(tensor: Tensor) -> tuple[int, ...]:
+def shape(tensor: Tensor | Described) -> tuple[int, ...]:
     """The shape as error messages print it."""
     return tuple(tensor.shape)
 
@@ -232,13 +290,13 @@ def require_pair(name: str, value: Sequence[int]) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def require_tensor(name: str, value: Tensor) -> None:
+def require_tensor(name: str, value: Tensor | Described) -> None:
     """TypeError unless it is one."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, _TENSOR):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def require_floating(name: str, tensor: Tensor) -> None:
+def require_floating(name: str, tensor: Tensor | Described) -> None:
     """TypeError unless it is a tensor of a floating dtype that the operators take."""
     require_tensor(name, tensor)
     if tensor.dtype not in FLOATING:
@@ -247,17 +305,20 @@ def require_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def require_rows(name: str, tensor: Tensor) -> tuple[int, int]:
+def require_rows(name: str, tensor: Tensor | Described) -> tuple[int, int]:
     """Rows and features of (..., C), or ValueError."""
-    if tensor.dim() < 1 or tensor.shape[-1] == 0:
+    if not tensor.shape or tensor.shape[-1] == 0:
         raise ValueError(f"{name}: expected (..., C), got shape {shape(tensor)}")
-    if tensor.numel() == 0:
+    *sizes, features = tensor.shape
+    rows = math.prod(sizes)
+    if rows == 0:
         raise ValueError(f"{name}: expected at least one row, got shape {shape(tensor)}")
-    features = tensor.shape[-1]
-    return tensor.numel() // features, features
+    return rows, features
 
 
-def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) -> None:
+def require_like(
+    name: str, tensor: Tensor | Described, dtype: torch.dtype, like: Tensor | Described
+) -> None:
     """TypeError unless ``tensor`` is one, of ``dtype`` and on the device of ``like``."""
     require_tensor(name, tensor)
     if tensor.dtype != dtype:
@@ -266,7 +327,7 @@ def require_like(name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) ->
         raise TypeError(f"{name}: expected device {like.device}, got {tensor.device}")
 
 
-def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+def require_shape(name: str, tensor: Tensor | Described, expected: tuple[int, ...]) -> None:
     """ValueError unless ``tensor`` has the expected shape."""
     if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {shape(tensor)}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from diffit_kernels import dispatch
 from tests.backends import BACKENDS, FASTEST, running_on
 
 # On a GPU, deterministic algorithms need this of cuBLAS before its first call.
@@ -47,6 +48,19 @@ def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads until the end of the test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def environment_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets DIFFIT_BACKEND as a new process would find it; at first it names "auto"."""
+
+    def name(backend: str) -> None:
+        monkeypatch.setenv("DIFFIT_BACKEND", backend)
+        dispatch._from_environment.cache_clear()
+
+    name("auto")
+    yield name
+    dispatch._from_environment.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -102,7 +102,6 @@ class DiffiTBlock(nn.Module):
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C); ``row`` and ``grid_size`` as in ``TMSA``."""
-        self.attn.check(x, temb, row)
         attention = self.attn(self.normed(x), temb, row=row, grid_size=grid_size)
         x, normed = self.add_normed(x, attention)
         return self.mlp(normed, residual=x)

@@ -12,8 +12,64 @@ from diffit_kernels import relative_position_index, tmsa
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.tmsa import attend_with_row
 from diffit_kernels.ops.window_attention import as_grid, as_pair
-from diffit_kernels.problem import WindowAttentionProblem, require_like, require_shape
+from diffit_kernels.problem import (
+    Described,
+    WindowAttentionProblem,
+    remembered,
+    require_like,
+    require_shape,
+    shape,
+)
 from diffit_kernels.reference.window_attention import partition, unpartition
+
+
+@remembered
+def _check(
+    x: Described,
+    temb: Described | None,
+    row: Described | None,
+    weight: Described | None,
+    cast: bool,
+    dim: int,
+    temb_dim: int | None,
+) -> None:
+    """Of what a layer is called with; ``weight`` has their device and, without ``cast``, dtype."""
+    if len(x.shape) != 3 or x.shape[-1] != dim or x.shape[0] == 0:
+        raise ValueError(
+            f"x: expected (B, L, {dim}) with at least one sample, got shape {shape(x)}"
+        )
+    if weight is not None:
+        for name, tensor in (("x", x), ("temb", temb), ("row", row)):
+            if tensor is not None:
+                require_like(name, tensor, tensor.dtype if cast else weight.dtype, weight)
+    batch, tokens, _ = x.shape
+    if row is not None:
+        if temb is not None:
+            raise ValueError("row: it stands in place of temb, got both")
+        if len(row.shape) != 2 or row.shape[0] == 0 or batch % row.shape[0]:
+            raise ValueError(
+                f"row: expected (B, {3 * dim}) with B = {batch} or a divisor of it, "
+                f"got shape {shape(row)}"
+            )
+        require_shape("row", row, (row.shape[0], 3 * dim))
+    if temb is None:
+        return
+    if temb_dim is None:
+        raise ValueError("temb: this layer was made without temb_dim and takes no time token")
+    if len(temb.shape) not in (2, 3) or temb.shape[-1] != temb_dim:
+        raise ValueError(
+            f"temb: expected (B, {temb_dim}) or (B, L, {temb_dim}), got shape {shape(temb)}"
+        )
+    if len(temb.shape) == 3 and temb.shape[1] not in (1, tokens):
+        raise ValueError(
+            f"temb: expected one token or L = {tokens} of them per sample, got shape {shape(temb)}"
+        )
+    per_position = len(temb.shape) == 3 and temb.shape[1] > 1
+    samples = temb.shape[0]
+    if not (samples == batch if per_position else samples > 0 and batch % samples == 0):
+        raise ValueError(
+            f"temb: expected {batch} samples or a divisor of it, got shape {shape(temb)}"
+        )
 
 
 class TMSA(nn.Module):
@@ -120,39 +176,42 @@ class TMSA(nn.Module):
         Raises:
             TypeError, ValueError: an input that does not fit, naming it.
         """
-        self.check(x, temb, row)
+        qkv, qkv_temb, proj = self.qkv, self.qkv_temb, self.proj
+        weight = qkv.weight if are_fusible(qkv) else None
+        cast = weight is not None and autocast.is_active(weight)
+        _check(x, temb, row, weight, cast, self.dim, self.temb_dim)
         if temb is not None and temb.dim() == 3 and temb.shape[1] == 1:
             temb = temb[:, 0]
         per_position = temb is not None and temb.dim() == 3
         by_operator = not (return_attention or per_position)
         by_operator = by_operator and are_fusible(self.softmax, self.attn_drop)
-        if by_operator and are_fusible(self.qkv, self.qkv_temb, self.proj):
-            token = None if temb is None else self.qkv_temb
+        if by_operator and weight is not None and are_fusible(qkv_temb, proj):
+            token = None if temb is None else qkv_temb
             out = tmsa(
                 x,
                 temb,
-                self.qkv.weight,
-                self.qkv.bias,
+                weight,
+                qkv.bias,
                 None if token is None else token.weight,
                 None if token is None else token.bias,
                 self.relative_position_bias_table,
-                self.proj.weight,
-                self.proj.bias,
+                proj.weight,
+                proj.bias,
                 num_heads=self.num_heads,
                 window_size=self.window_size,
                 grid_size=grid_size,
                 scale=self.scale,
                 row=row,
             )
-            return self.proj_drop(out)
+            return out if are_fusible(self.proj_drop) else self.proj_drop(out)
 
-        qkv = self.qkv(x)
-        if temb is not None and self.qkv_temb is not None:
-            row = self.qkv_temb(temb)
+        packed = qkv(x)
+        if temb is not None and qkv_temb is not None:
+            row = qkv_temb(temb)
         attention: Any = None
         if by_operator:
             out = attend_with_row(
-                qkv,
+                packed,
                 row,
                 self.relative_position_bias_table,
                 num_heads=self.num_heads,
@@ -163,8 +222,8 @@ class TMSA(nn.Module):
         else:
             if row is not None and not per_position:
                 row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)[:, None]
-            out, attention = self._attend(qkv if row is None else qkv + row, grid_size)
-        out = self.proj_drop(self.proj(out))
+            out, attention = self._attend(packed if row is None else packed + row, grid_size)
+        out = self.proj_drop(proj(out))
         return (out, attention) if return_attention else out
 
     def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
@@ -188,53 +247,6 @@ class TMSA(nn.Module):
         attention = self.softmax(logits)
         out = unpartition(problem, (self.attn_drop(attention) @ v)[None])
         return out, attention.flatten(0, 1)
-
-    def check(self, x: Tensor, temb: Tensor | None, row: Tensor | None = None) -> None:
-        """Raise TypeError or ValueError, naming the argument, unless the layer can take these."""
-        if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[0] == 0:
-            raise ValueError(
-                f"x: expected (B, L, {self.dim}) with at least one sample, "
-                f"got shape {tuple(x.shape)}"
-            )
-        if are_fusible(self.qkv):
-            weight = self.qkv.weight
-            cast = autocast.is_active(weight)
-            for name, tensor in (("x", x), ("temb", temb), ("row", row)):
-                if tensor is not None:
-                    require_like(name, tensor, tensor.dtype if cast else weight.dtype, weight)
-        if row is not None:
-            if temb is not None:
-                raise ValueError("row: it stands in place of temb, got both")
-            if row.dim() != 2 or row.shape[0] == 0 or x.shape[0] % row.shape[0]:
-                raise ValueError(
-                    f"row: expected (B, {3 * self.dim}) with B = {x.shape[0]} or a divisor of it, "
-                    f"got shape {tuple(row.shape)}"
-                )
-            require_shape("row", row, (row.shape[0], 3 * self.dim))
-        if temb is None:
-            return
-        if self.temb_dim is None:
-            raise ValueError("temb: this layer was made without temb_dim and takes no time token")
-        if temb.dim() not in (2, 3) or temb.shape[-1] != self.temb_dim:
-            raise ValueError(
-                f"temb: expected (B, {self.temb_dim}) or (B, L, {self.temb_dim}), "
-                f"got shape {tuple(temb.shape)}"
-            )
-        if temb.dim() == 3 and temb.shape[1] not in (1, x.shape[1]):
-            raise ValueError(
-                f"temb: expected one token or L = {x.shape[1]} of them per sample, "
-                f"got shape {tuple(temb.shape)}"
-            )
-        fits = (
-            temb.shape[0] == x.shape[0]
-            if temb.dim() == 3 and temb.shape[1] > 1
-            else temb.shape[0] > 0 and x.shape[0] % temb.shape[0] == 0
-        )
-        if not fits:
-            raise ValueError(
-                f"temb: expected {x.shape[0]} samples or a divisor of it, "
-                f"got shape {tuple(temb.shape)}"
-            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Published weights store this constant; it is accepted and not kept.

@@ -13,7 +13,14 @@ from torch.utils.flop_counter import register_flop_formula
 from diffit_kernels import dispatch, native, products
 from diffit_kernels.ops import autocast, transforms
 from diffit_kernels.ops.registration import operator
-from diffit_kernels.problem import require_floating, require_like, require_rows, require_shape
+from diffit_kernels.problem import (
+    Described,
+    remembered,
+    require_floating,
+    require_like,
+    require_rows,
+    require_shape,
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,7 +81,8 @@ def _backward_fake(
     return grad_x, grad_weight, grad_bias
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+@remembered
+def _check(x: Described, weight: Described, bias: Described | None) -> None:
     require_floating("x", x)
     _, features = require_rows("x", x)
     require_like("weight", weight, x.dtype, x)

@@ -10,10 +10,13 @@ from diffit_kernels.ops import autocast
 from diffit_kernels.ops.linear import linear
 from diffit_kernels.ops.window_attention import window_attention
 from diffit_kernels.problem import (
+    Described,
+    remembered,
     require_floating,
     require_like,
     require_shape,
     require_tensor,
+    shape,
 )
 
 
@@ -62,31 +65,58 @@ def tmsa(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``window_attention``.
     """
+    require_tensor("x", x)
+    if temb is None:
+        temb_weight = temb_bias = None
+    weights = (qkv_weight, qkv_bias, temb_weight, temb_bias, proj_weight, proj_bias)
+    _check(x, temb, row, *weights, autocast.is_active(x))
+    row = _row(x.shape[0], temb, row, qkv_bias, temb_weight, temb_bias)
+    out = attend_with_row(
+        linear(x, qkv_weight),
+        row,
+        rel_pos_table,
+        num_heads=num_heads,
+        window_size=window_size,
+        grid_size=grid_size,
+        scale=scale,
+    )
+    return linear(out, proj_weight, proj_bias)
+
+
+@remembered
+def _check(
+    x: Described,
+    temb: Described | None,
+    row: Described | None,
+    qkv_weight: Described,
+    qkv_bias: Described | None,
+    temb_weight: Described | None,
+    temb_bias: Described | None,
+    proj_weight: Described,
+    proj_bias: Described | None,
+    cast: bool,
+) -> None:
+    """Of the arguments of ``tmsa``; with ``cast`` autocast gives them one dtype."""
     require_floating("x", x)
-    if x.dim() != 3 or x.shape[0] == 0:
-        raise ValueError(
-            f"x: expected (B, L, C) with at least one sample, got shape {tuple(x.shape)}"
-        )
+    if len(x.shape) != 3 or x.shape[0] == 0:
+        raise ValueError(f"x: expected (B, L, C) with at least one sample, got shape {shape(x)}")
     require_tensor("qkv_weight", qkv_weight)
     require_tensor("proj_weight", proj_weight)
     batch, _, dim = x.shape
-    if temb is None:
-        temb_weight = temb_bias = None
-    elif temb_weight is None:
+    if temb is not None and temb_weight is None:
         raise ValueError("temb_weight: expected (3C, T) because temb is given, got None")
-    elif row is not None:
+    if temb is not None and row is not None:
         raise ValueError("row: it stands in place of temb, got both")
     for name, tensor, columns in (("temb", temb, "T"), ("row", row, "3C")):
         if tensor is not None and (
-            tensor.dim() != 2 or tensor.shape[0] == 0 or batch % tensor.shape[0]
+            len(tensor.shape) != 2 or tensor.shape[0] == 0 or batch % tensor.shape[0]
         ):
             raise ValueError(
                 f"{name}: expected (B, {columns}) with B = {batch} or a divisor of it, "
-                f"got shape {tuple(tensor.shape)}"
+                f"got shape {shape(tensor)}"
             )
     tokens, width = (0, 0) if temb is None else temb.shape
-    cast = autocast.is_active(x)
-    for name, tensor, shape in (
+    for name, tensor, expected in (
         ("temb", temb, (tokens, width)),
         ("row", row, (0 if row is None else row.shape[0], 3 * dim)),
         ("qkv_weight", qkv_weight, (3 * dim, dim)),
@@ -98,18 +128,7 @@ def tmsa(
     ):
         if tensor is not None:
             require_like(name, tensor, tensor.dtype if cast else x.dtype, x)
-            require_shape(name, tensor, shape)
-    row = _row(batch, temb, row, qkv_bias, temb_weight, temb_bias)
-    out = attend_with_row(
-        linear(x, qkv_weight),
-        row,
-        rel_pos_table,
-        num_heads=num_heads,
-        window_size=window_size,
-        grid_size=grid_size,
-        scale=scale,
-    )
-    return linear(out, proj_weight, proj_bias)
+            require_shape(name, tensor, expected)
 
 
 def attend_with_row(
@@ -180,13 +199,13 @@ def time_rows(temb: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if weight.dim() != 3 or 0 in weight.shape or weight.shape[1] % 3:
         raise ValueError(f"weight: expected (layers, 3C, T), got shape {tuple(weight.shape)}")
     layers, rows, _ = weight.shape
-    for name, tensor, shape in (
+    for name, tensor, expected in (
         ("weight", weight, (layers, rows, temb.shape[1])),
         ("bias", bias, (layers, rows)),
     ):
         if tensor is not None:
             dtype = tensor.dtype if autocast.is_active(temb) else temb.dtype
             require_like(name, tensor, dtype, temb)
-            require_shape(name, tensor, shape)
+            require_shape(name, tensor, expected)
     out = linear(temb, weight.flatten(0, 1), None if bias is None else bias.flatten())
     return out.unflatten(1, (layers, rows)).transpose(0, 1)

@@ -23,6 +23,7 @@ from diffit_kernels.problem import (
 
 _INTEGER = (int, torch.SymInt)
 _NUMBER_OR_NONE = (int, float, type(None))
+_SEQUENCE = (tuple, Sequence)  # a tuple is found out at once
 
 
 def window_attention(
@@ -78,22 +79,22 @@ def window_attention(
         scale = max(head_dim, 1) ** -0.5
     if rel_pos_table is not None:
         require_floating("rel_pos_table", rel_pos_table)
-        rel_pos_table = rel_pos_table.to(
-            torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        )
+        dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        if rel_pos_table.dtype != dtype:
+            rel_pos_table = rel_pos_table.to(dtype)
     out, _ = _forward(qkv, rel_pos_table, q_row, v_row, num_heads, window, grid, float(scale))
     return out
 
 
 def as_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as one number or two."""
-    pair = size if isinstance(size, Sequence) else (size, size)
-    for number in pair:
-        if not isinstance(number, _INTEGER):
-            raise TypeError(f"{name}: expected one or two integers, got {size}")
-    if len(pair) != 2:
+    if isinstance(size, _INTEGER):
+        return size, size
+    if not isinstance(size, _SEQUENCE) or not all(isinstance(n, _INTEGER) for n in size):
+        raise TypeError(f"{name}: expected one or two integers, got {size}")
+    if len(size) != 2:
         raise ValueError(f"{name}: expected one or two integers, got {size}")
-    return pair[0], pair[1]
+    return size[0], size[1]
 
 
 def as_grid(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,11 @@ def test_missing_pictures_cost_one_line(
 
 @pytest.mark.parametrize("backend", ["fastest", "cuda"])
 def test_a_backend_that_cannot_run_costs_one_line(
-    backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    capsys: pytest.CaptureFixture[str],
+    environment_names: Callable[[str], None],
 ) -> None:
-    monkeypatch.setenv("DIFFIT_BACKEND", backend)
+    environment_names(backend)
     with pytest.raises(SystemExit) as exit_:
         tmsa_bench.main(["--quick"])
     assert exit_.value.code == 2
@@ -81,9 +84,9 @@ def test_run(
     backend: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    environment_names: Callable[[str], None],
 ) -> None:
-    monkeypatch.setenv("DIFFIT_BACKEND", backend)
+    environment_names(backend)
     assert tmsa_bench.main([*ONE, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     run, rows = read(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -23,8 +24,8 @@ needs_native = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def no_choice_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DIFFIT_BACKEND", raising=False)
+def no_choice_from_outside(environment_names: Callable[[str], None]) -> None:
+    pass
 
 
 def selected(case: AttentionCase = CASE) -> ModuleType:
@@ -124,22 +125,26 @@ def test_use_backend_reaches_the_backward_pass(monkeypatch: pytest.MonkeyPatch) 
     assert calls
 
 
-def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFIT_BACKEND", "reference")
+def test_environment_variable(
+    environment_names: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_names("reference")
     assert selected() is reference
-    monkeypatch.setitem(dispatch._BACKENDS, "triton", "no such kernels")
     monkeypatch.setenv("DIFFIT_BACKEND", "triton")
+    assert selected() is reference  # it is read once
+    monkeypatch.setitem(dispatch._BACKENDS, "triton", "no such kernels")
+    environment_names("triton")
     with pytest.raises(RuntimeError, match="no such kernels"):
         selected()
     with dk.use_backend("reference"):
         assert selected() is reference
 
 
-def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names(environment_names: Callable[[str], None]) -> None:
     known = "auto, reference, cpu, triton, cuda"
     with pytest.raises(ValueError, match=f"use_backend: .*{known}.*'gpu'"), dk.use_backend("gpu"):
         pass
-    monkeypatch.setenv("DIFFIT_BACKEND", "gpu")
+    environment_names("gpu")
     with pytest.raises(ValueError, match=f"DIFFIT_BACKEND: .*{known}.*'gpu'"):
         CASE.operator()
 
