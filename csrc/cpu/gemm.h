@@ -31,7 +31,7 @@ inline void with_vectors(int n, const F& f) {
 // C = A B, and how far it is in B from one block of columns to the next.
 template <class E>
 struct Product {
-    static constexpr int block = E::vectors * W;
+    static constexpr int block = E::vectors * W;  // columns
     int M, N, K;
     const typename E::A* a;
     int lda;
@@ -57,6 +57,7 @@ struct FloatEngine {
     static vf exp2_as_a(vf x) { return exp2(x); }  // as A holds it, so that sums are of what it holds
     static constexpr int pair = 1;
     static constexpr int vectors = W == 16 ? 4 : 2;  // the widest register tile
+    static constexpr int queries = vectors * W;      // of a block of attention at most
     static constexpr int m_align = 8;
     static constexpr int k_align = 1;
     static constexpr int pad = W > 8 ? W : 8;  // of packed dimensions
@@ -82,10 +83,29 @@ struct FloatEngine {
         return W <= 8 || c + W <= d ? load(row + c) : load(row + c, d - c);
     }
 
-    // `pair` rows of d numbers as a row of B.
+    // scale (row(i) + add), d numbers, as rows i < count of A.
+    template <class Row>
+    static void rows_to_a(int count, const Row& row, const float* add, float scale, int d, A* a,
+                          int lda) {
+        for (int i = 0; i < count; ++i) convert_row(a + i * lda, row(i), add, scale, d);
+    }
+
+    // `pair` rows of d numbers as a row of B, and rows c of a product with it as
+    // row(i) = factors[i] c[i] + add.
     template <class T>
     static void rows_to_b(const T* const (&row)[pair], int d, B* b) {
         copy_row(b, row[0], d);
+    }
+    template <class Row>
+    static void store_rows(int count, const Row& row, const float* c, int ldc,
+                           const float* factors, const float* add, int d) {
+        for (int i = 0; i < count; ++i) {
+            const vf factor = splat(factors[i]);
+            const float* x = c + i * ldc;
+            int j = 0;
+            for (; j + W <= d; j += W) store(row(i) + j, load(x + j) * factor + load(add + j));
+            if (W > 8 && j < d) store(row(i) + j, load(x + j) * factor + load(add + j), 8);
+        }
     }
 
     // B of a product that runs over the rows of A.
@@ -154,6 +174,7 @@ struct Bfloat16Engine {
     static vf exp2_as_a(vf x) { return exp2_bfloat16(x); }
     static constexpr int pair = 2;
     static constexpr int vectors = 2;
+    static constexpr int queries = 64;
     static constexpr int m_align = 16;
     static constexpr int k_align = 32;
     static constexpr int pad = 32;
@@ -166,13 +187,8 @@ struct Bfloat16Engine {
 
     template <int NV>
     static void put_b(B* b, int ldb, int j, const vf (&x)[NV], const vf (&y)[NV]) {
-        const __m512i order = _mm512_set_epi16(
-            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-            4, 19, 3, 18, 2, 17, 1, 16, 0);
-        for (int v = 0; v < NV; ++v) {
-            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y[v], (__m512)x[v]);
-            _mm512_storeu_si512(b + j / 2 * ldb + v * W, _mm512_permutexvar_epi16(order, both));
-        }
+        for (int v = 0; v < NV; ++v)
+            _mm512_storeu_si512(b + j / 2 * ldb + v * W, interleaved(x[v], y[v]));
     }
     template <int NV>
     static void put_a(A* a, const vf (&x)[NV]) {
@@ -181,6 +197,14 @@ struct Bfloat16Engine {
             _mm512_storeu_si512(a + v * W,
                                 (__m512i)_mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]));
         if (v < NV) store(reinterpret_cast<bf16*>(a) + v * W, x[v]);
+    }
+
+    // 32 numbers of which the even are those of x and the odd those of y.
+    static __m512i interleaved(vf x, vf y) {
+        const __m512i order = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+            4, 19, 3, 18, 2, 17, 1, 16, 0);
+        return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
     }
 
     // W numbers of two rows as pairs.
@@ -192,12 +216,62 @@ struct Bfloat16Engine {
         return c + W <= d / 2 ? load(reinterpret_cast<const float*>(row) + c)
                               : load(reinterpret_cast<const float*>(row) + c, d / 2 - c);
     }
+    template <class Row>
+    static void rows_to_a(int count, const Row& row, const float* add, float scale, int d, A* a,
+                          int lda) {
+        int c = 0;
+        for (; c + 32 <= d; c += 32) {
+            const vf low = load(add + c) * scale, high = load(add + c + W) * scale;
+            const vf even = DIFFIT_SHUFFLE(low, high, DIFFIT_EVEN);
+            const vf odd = DIFFIT_SHUFFLE(low, high, DIFFIT_ODD);
+            for (int i = 0; i < count; ++i) {
+                const vu x = (vu)_mm512_loadu_si512(row(i) + c);
+                _mm512_storeu_si512(a + i * lda + c,
+                                    interleaved((vf)(x << 16) * scale + even,
+                                                (vf)(x & 0xffff0000u) * scale + odd));
+            }
+        }
+        if (c == d) return;
+        bf16* out = reinterpret_cast<bf16*>(a) + c;
+        for (int i = 0; i < count; ++i)
+            convert_row(out + i * lda, row(i) + c, add + c, scale, d - c);
+    }
+
+    // Of 32 columns a first vector of B, and of c, has those at 0 to 3, 8 to 11 and so on, a second
+    // the rest: so they need not cross lanes on the way in, and come back as narrow numbers.
     static void rows_to_b(const bf16* const (&row)[pair], int d, B* b) {
+        int c = 0;
+        for (; c + 32 <= d; c += 32) {
+            const __m512i x = _mm512_loadu_si512(row[0] + c), y = _mm512_loadu_si512(row[1] + c);
+            _mm512_storeu_si512(b + c, _mm512_unpacklo_epi16(x, y));
+            _mm512_storeu_si512(b + c + W, _mm512_unpackhi_epi16(x, y));
+        }
         const auto both = [](vf low, vf high) { return (vf)((vu)low >> 16 | (vu)high); };
         float* out = reinterpret_cast<float*>(b);
-        int c = 0;
         for (; c + W <= d; c += W) store(out + c, both(load(row[0] + c), load(row[1] + c)));
         if (c < d) store(out + c, both(load(row[0] + c, 8), load(row[1] + c, 8)));
+    }
+    template <class Row>
+    static void store_rows(int count, const Row& row, const float* c, int ldc,
+                           const float* factors, const float* add, int d) {
+        int j = 0;
+        for (; j + 32 <= d; j += 32) {
+            const __m512 low = (__m512)load(add + j), high = (__m512)load(add + j + W);
+            const vf first = (vf)_mm512_shuffle_f32x4(low, high, 0x88);
+            const vf second = (vf)_mm512_shuffle_f32x4(low, high, 0xdd);
+            for (int i = 0; i < count; ++i) {
+                const float* x = c + i * ldc + j;
+                const vf y = load(x) * factors[i] + first, z = load(x + W) * factors[i] + second;
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)z, (__m512)y);
+                const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+                _mm512_storeu_si512(row(i) + j, _mm512_permutexvar_epi64(order, both));
+            }
+        }
+        for (; j < d; j += W) {
+            const int n = std::min(W, d - j);
+            for (int i = 0; i < count; ++i)
+                store(row(i) + j, load(c + i * ldc + j) * factors[i] + load(add + j), n);
+        }
     }
     static const B* rows_as_b(const A* a, int lda, int rows, int columns, B* b) {
         for (int r = 0; r < rows; r += 2)

@@ -21,13 +21,31 @@ using EngineOfBfloat16 = FloatEngine;
 #endif
 
 template <class E, class T>
+using Wide = Backward<E, T, E::queries>;
+template <class E, class T>
+using Narrow = Backward<E, T, Product<E>::block>;
+
+template <class E>
+bool is_narrow(const WindowAttention& p) {
+    return p.window_tokens() <= Product<E>::block;
+}
+template <class E, class T>
+size_t backward_scratch(const WindowAttention& p) {
+    return is_narrow<E>(p) ? Narrow<E, T>::scratch(p) : Wide<E, T>::scratch(p);
+}
+template <class E, class T>
+void backward(const WindowAttention& p, int64_t item, char* scratch) {
+    is_narrow<E>(p) ? Narrow<E, T>::run(p, item, scratch) : Wide<E, T>::run(p, item, scratch);
+}
+
+template <class E, class T>
 constexpr Kernels kernels_of() {
     return {E::enter,
             E::leave,
             Forward<E, T>::scratch,
-            Backward<E, T>::scratch,
+            backward_scratch<E, T>,
             Forward<E, T>::run,
-            Backward<E, T>::run,
+            backward<E, T>,
             BiasGeluKernel<T>::forward,
             BiasGeluKernel<T>::backward,
             {AddLayerNormKernel<T, T>::forward, AddLayerNormKernel<float, T>::forward},

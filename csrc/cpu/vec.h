@@ -76,6 +76,17 @@ inline vh narrow(vu x) {
 #endif
 }
 
+// Whether all lanes of a comparison are true.
+inline bool all(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) == 0xffff;
+#else
+    bool result = true;
+    for (int i = 0; i < W; ++i) result &= x[i] != 0;
+    return result;
+#endif
+}
+
 // a where it is larger, else b; b where either is NaN.
 inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
@@ -291,6 +302,8 @@ inline vf reciprocal(vf x) {
 #if defined(__AVX512F__)
 #define DIFFIT_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define DIFFIT_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define DIFFIT_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define DIFFIT_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif defined(__AVX2__)
 #define DIFFIT_LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define DIFFIT_HIGH 4, 12, 5, 13, 6, 14, 7, 15

@@ -16,7 +16,7 @@ namespace {
 
 template <class E, class T>
 struct Forward {
-    static constexpr int NQ = block_of<E>;
+    static constexpr int panel = Product<E>::block;  // keys of a panel of K^T
     using A = typename E::A;
     using B = typename E::B;
     // With E::ahead the logits of a block are computed a block ahead, while the probabilities of the
@@ -26,6 +26,7 @@ struct Forward {
     static constexpr float least_sum = 0x1p-32f, largest_sum = 0x1p32f;
     Arena arena;
     Sizes<E> s;
+    int NQ, blocks;  // queries of a block, blocks of a head
     Layout layout;
     Rows<A> queries;
     Rows<B> keys_t, values_b;  // of keys_t the rows are panels
@@ -35,22 +36,20 @@ struct Forward {
 
     // A block of queries of a head of the group, and its place in the order of both.
     struct Block {
-        int64_t index, head;
-        int first, count;
+        int index, head, first, count;
 
-        Block(const Sizes<E>& s, int64_t index) : index(index) {
-            const int64_t blocks = (s.M + NQ - 1) / NQ;
-            head = index / blocks;
-            first = static_cast<int>(index % blocks) * NQ;
-            count = s.M - first < NQ ? s.M - first : NQ;
-        }
+        Block(const Forward& f, int index)
+            : index(index), head(index / f.blocks), first((index - head * f.blocks) * f.NQ),
+              count(std::min(f.NQ, f.s.M - first)) {}
         int rows() const { return round_up(count, E::m_align); }
     };
 
+    // Wider blocks than panels pay where tiles are waited for, and logits stay in the first-level
+    // cache.
     Forward(const WindowAttention& p, char* scratch)
-        : arena(scratch), s(p), layout(arena, p),
-          queries(arena, p.group, s.m_pad, s.d_pad),
-          keys_t(arena, p.group, (s.M + NQ - 1) / NQ, panel_size(s)),
+        : arena(scratch), s(p), NQ(E::ahead && panel < s.M && s.M <= 128 ? E::queries : panel),
+          blocks((s.M + NQ - 1) / NQ), layout(arena, p), queries(arena, p.group, s.m_pad, s.d_pad),
+          keys_t(arena, p.group, (s.M + panel - 1) / panel, panel_size(s)),
           values_b(arena, p.group, s.m_pad / E::pair, s.d_pad) {
         probabilities = arena.take<A>(int64_t(NQ) * s.m_pad);
         for (float*& block : logits) block = arena.take<float>(int64_t(NQ) * s.m_pad);
@@ -70,16 +69,16 @@ struct Forward {
         for_each_window(p, item, [&](const Group& group) { f.run(p, group); });
     }
 
-    void run(const WindowAttention& p, const Group& group) const {
+    [[gnu::always_inline]] void run(const WindowAttention& p, const Group& group) const {
         pack(p, group);
         Ahead next_rows(static_cast<int>(p.group));
-        const int64_t blocks = p.group * ((s.M + NQ - 1) / NQ);
-        if (E::ahead) score({s, 0}).run();
-        for (int64_t i = 0; i < blocks; ++i) {
-            const Block block(s, i);
+        const int count = static_cast<int>(p.group) * blocks;
+        if (E::ahead) score({*this, 0}).run();
+        for (int i = 0; i < count; ++i) {
+            const Block block(*this, i);
             if (!E::ahead) score(block).run();
             softmax(p, group, block, next_rows);
-            if (E::ahead && i + 1 < blocks) score({s, i + 1}).run();
+            if (E::ahead && i + 1 < count) score({*this, i + 1}).run();
             weigh(block).run();
             store_result(p, group, block);
         }
@@ -87,49 +86,45 @@ struct Forward {
 
     // Rows of the group as the products take them, queries in base 2. Memory is read in its own order,
     // all heads of a few tokens together: the hardware follows that, and by heads it would come at half
-    // the speed. K^T lies in panels of NQ keys: the rows of a whole one would share few sets of the
-    // cache.
+    // the speed. The rows of a K^T in one piece would share few sets of the cache.
     void pack(const WindowAttention& p, const Group& group) const {
         const int64_t row = group.sample * p.row_stride_batch + group.column;
         load_row<T>(q_row, p.q_row, row, p.group * s.d);
         load_row<T>(v_row, p.v_row, row, p.group * s.d);
         const float scale = static_cast<float>(p.scale * log2_e);
-        const T* q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token);
-        const auto row_of = [&](int part, int64_t h, int r) {
-            return q + layout.token[r] * p.qkv_stride_token + part * p.dim() + h * s.d;
-        };
+        const T *q = group.of<T>(p.qkv, p.qkv_stride_batch, p.qkv_stride_token), *rows[W];
         static constexpr T zeros[128] = {};
         for (int first = 0; first < s.M; first += W) {
-            const int end = s.M - first < W ? s.M : first + W;
-            for (int r = first; r < end; ++r)
-                queries.convert(r, row_of(0, 0, r), q_row, scale, p.group, s.d);
+            const int count = std::min(W, s.M - first);
+            for (int r = 0; r < count; ++r)
+                rows[r] = q + layout.token[first + r] * p.qkv_stride_token;
             for (int64_t h = 0; h < p.group; ++h) {
-                B* panel = keys_t.head(h) + first / NQ * panel_size(s) + first % NQ;
-                const auto words = [&](int r, int c) {
-                    return E::words(first + r < end ? row_of(1, h, first + r) : zeros, c, s.d);
+                const auto row_of = [&](int part, int r) {
+                    return r < count ? rows[r] + part * p.dim() + h * s.d : zeros;
                 };
-                transpose(words, panel, NQ, W, round_up(s.d_k / E::pair, W));
-            }
-            for (int r = first; r < end; r += E::pair) {
-                for (int64_t h = 0; h < p.group; ++h) {
-                    const T* rows[E::pair];
-                    for (int i = 0; i < E::pair; ++i)
-                        rows[i] = r + i < end ? row_of(2, h, r + i) : zeros;
-                    E::rows_to_b(rows, s.d, values_b.head(h) + r / E::pair * s.d_pad);
+                E::rows_to_a(count, [&](int r) { return row_of(0, r); }, q_row + h * s.d, scale, s.d,
+                             queries.head(h) + first * s.d_pad, s.d_pad);
+                B* columns = keys_t.head(h) + first / panel * panel_size(s) + first % panel;
+                transpose([&](int r, int c) { return E::words(row_of(1, r), c, s.d); }, columns,
+                          panel, W, round_up(s.d_k / E::pair, W));
+                for (int r = 0; r < count; r += E::pair) {
+                    const T* pair[E::pair];
+                    for (int i = 0; i < E::pair; ++i) pair[i] = row_of(2, r + i);
+                    E::rows_to_b(pair, s.d, values_b.head(h) + (first + r) / E::pair * s.d_pad);
                 }
             }
         }
     }
 
     static int panel_size(const Sizes<E>& s) {
-        return round_up(s.d_pad, W * E::pair) / E::pair * NQ;
+        return round_up(s.d_pad, W * E::pair) / E::pair * panel;
     }
 
     // S = Q K^T
     Product<E> score(const Block& block) const {
         return {block.rows(), round_up(s.M, W), s.d_k,
                 queries.head(block.head) + block.first * s.d_pad, s.d_pad,
-                keys_t.head(block.head), NQ, panel_size(s),
+                keys_t.head(block.head), panel, panel_size(s),
                 logits[block.index % buffers], s.m_pad};
     }
 
@@ -137,7 +132,7 @@ struct Forward {
     Product<E> weigh(const Block& block) const {
         return {block.rows(), round_up(s.d, W), s.m_k,
                 probabilities, s.m_pad,
-                values_b.head(block.head), s.d_pad, NQ,
+                values_b.head(block.head), s.d_pad, panel,
                 result, s.d_pad};
     }
 
@@ -161,13 +156,8 @@ struct Forward {
             exponentials<false>(block, r, bias);
             prefetch(r);
         }
-        add_partial_sums(block);
-        bool in_range = true;
-        for (int r = 0; r < block.count; ++r) {
-            top[r] = 0;
-            in_range &= sums[r] >= least_sum && sums[r] <= largest_sum;
-        }
-        if (!in_range) {
+        const bool shifted = !add_partial_sums(block);
+        if (shifted) {
             for (int r = 0; r < block.count; ++r) top[r] = largest_logit(block, r, bias);
             for (int r = 0; r < block.count; ++r) exponentials<true>(block, r, bias);
             add_partial_sums(block);
@@ -176,10 +166,14 @@ struct Forward {
                      group.token;
         for (int r = 0; r < block.count; r += W) {
             const vf sum = load(sums + r);
+            vf of_rows = log(sum);
+            if (shifted)
+                of_rows = __builtin_convertvector(
+                    __builtin_convertvector(load(top + r), vd) * (1 / log2_e) +
+                        __builtin_convertvector(of_rows, vd),
+                    vf);
             float lanes[W];
-            const vd lse_of = __builtin_convertvector(load(top + r), vd) * (1 / log2_e) +
-                              __builtin_convertvector(log(sum), vd);
-            store(lanes, __builtin_convertvector(lse_of, vf));
+            store(lanes, of_rows);
             for (int i = 0; i < W && r + i < block.count; ++i)
                 lse[tokens[block.first + r + i]] = lanes[i];
             store(sums + r, reciprocal(sum));
@@ -237,27 +231,26 @@ struct Forward {
         return result;
     }
 
-    void add_partial_sums(const Block& block) const {
+    // Returns whether all sums are in range.
+    bool add_partial_sums(const Block& block) const {
+        for (int r = block.count; r % W; ++r) store(partial_sums + r * W, splat(1));
+        vi in_range = vi{} - 1;
         for (int first = 0; first < block.count; first += W) {
             vf x[W];
             for (int i = 0; i < W; ++i) x[i] = load(partial_sums + (first + i) * W);
-            store(sums + first, across_lanes(x, [](vf a, vf b) { return a + b; }));
+            const vf sum = across_lanes(x, [](vf a, vf b) { return a + b; });
+            in_range &= (sum >= least_sum) & (sum <= largest_sum);
+            store(sums + first, sum);
         }
+        return all(in_range);
     }
 
     // P V with the factors, and v_row.
     void store_result(const WindowAttention& p, const Group& group, const Block& block) const {
         const int64_t* tokens = layout.token + block.first;
         T* out = result_of(p, group, block);
-        const float* row = v_row + block.head * s.d;
-        for (int r = 0; r < block.count; ++r) {
-            const vf factor = splat(sums[r]);
-            const float* x = result + r * s.d_pad;
-            T* y = out + tokens[r] * p.dim();
-            int c = 0;
-            for (; c + W <= s.d; c += W) store(y + c, load(x + c) * factor + load(row + c));
-            if (W > 8 && c < s.d) store(y + c, load(x + c) * factor + load(row + c), 8);
-        }
+        const auto row = [&](int r) { return out + tokens[r] * p.dim(); };
+        E::store_rows(block.count, row, result, s.d_pad, sums, v_row + block.head * s.d, s.d);
     }
 
     // That of the window's first token.

@@ -16,12 +16,11 @@ namespace diffit {
 namespace {
 
 // logits += bias; returns their maximum over the keys.
-template <class E, int NV>
-inline void add_bias(const Sizes<E>& s, float* logits, const float* bias, const int32_t* row,
+template <int NQ, int NV>
+inline void add_bias(int keys, float* logits, const float* bias, const int32_t* row,
                      vf (&top)[NV]) {
-    constexpr int NQ = block_of<E>;
     for (int v = 0; v < NV; ++v) top[v] = splat(-INFINITY);
-    for (int j = 0; j < s.M; ++j) {
+    for (int j = 0; j < keys; ++j) {
         for (int v = 0; v < NV; ++v) {
             const vf x = load(logits + j * NQ + v * W) + load(bias + row[j] + v * W);
             store(logits + j * NQ + v * W, x);
@@ -65,9 +64,9 @@ inline void add_rows(double* sums, const U* x, int stride, int rows, double scal
     }
 }
 
-template <class E, class T>
+// In blocks of NQ queries.
+template <class E, class T, int NQ>
 struct Backward {
-    static constexpr int NQ = block_of<E>;
     using A = typename E::A;
     using B = typename E::B;
     Arena arena;
@@ -193,7 +192,7 @@ struct Backward {
                                     grad_probabilities, NQ);
             const int64_t shift = p.table ? first : 0;
             const float* bias = p.bias + head * p.bias_stride + shift;
-            with_vectors<E::vectors>(lanes / W, [&](auto n) {
+            with_vectors<NQ / W>(lanes / W, [&](auto n) {
                 grad_softmax<n>(bias, bias_sums + shift, count, prefetch);
             });
 
@@ -230,7 +229,7 @@ struct Backward {
                       const Prefetch& prefetch) const {
         const int32_t* row = layout.bias;
         vf top[NV], sum[NV] = {}, delta[NV] = {}, x[NV], y[NV];
-        add_bias<E, NV>(s, logits, bias, row, top);
+        add_bias<NQ>(s.M, logits, bias, row, top);
         // Lanes past the last query see the bias of no query. If it is -inf all over, P must still be
         // a number there, since products multiply it by the zero rows of dO and Q.
         float least[NQ];

@@ -26,9 +26,6 @@ struct Arena {
 };
 
 template <class E>
-constexpr int block_of = E::vectors * W;  // queries in a block
-
-template <class E>
 struct Sizes {
     int M, d, ww;
     int m_rows, m_k, m_pad;  // window tokens as rows of A, as k, and as packed
