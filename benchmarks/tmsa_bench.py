@@ -33,7 +33,7 @@ from shapes import QUICK, SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-FULL_PACE = Pace(seconds=1.5, min_rounds=5, max_rounds=50)
+FULL_PACE = Pace(seconds=1.5, min_rounds=11, max_rounds=50)
 QUICK_PACE = Pace(seconds=0.3, min_rounds=3, max_rounds=20)
 COMPILE_SECONDS = 180
 
