@@ -69,6 +69,7 @@ struct Forward {
         for_each_window(p, item, [&](const Group& group) { f.run(p, group); });
     }
 
+    // Inlined, or sizes and pointers would be read again after every store.
     [[gnu::always_inline]] void run(const WindowAttention& p, const Group& group) const {
         pack(p, group);
         Ahead next_rows(static_cast<int>(p.group));
