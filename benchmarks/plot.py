@@ -45,7 +45,7 @@ def save(folder: Path, name: str = "results", row: type[Row] = Row) -> str:
     )
     handles = [patches.Patch(color=COLORS[dtype]) for dtype in dtypes]
     labels = [DTYPES[dtype] for dtype in dtypes]
-    axes[0].legend(handles, labels, loc="upper right", ncols=len(dtypes), frameon=False)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(dtypes), frameon=False)
     figure.savefig(folder / f"{name}.png", dpi=150)
     return f"{name}.png is in {folder}"
 
@@ -61,8 +61,9 @@ def subplots(panels: int, shapes: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _draw(axis: Any, panel: list[Contest], shapes: list[str], dtypes: list[str]) -> None:
-    """A bar per contest, with its ratio above and the name of the best peer in it."""
+    """A bar per contest, with the name of the best peer in it and its ratio above both."""
     width = 0.8 / len(dtypes)
+    letter = 0.042 * max(contest.speedup or 1 for contest in panel)  # height of one in a name
     text = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
     for contest in panel:
         ours, best, ratio = contest.ours, contest.best, contest.speedup
@@ -74,10 +75,12 @@ def _draw(axis: Any, panel: list[Contest], shapes: list[str], dtypes: list[str])
             continue
         axis.bar(x, ratio, 0.94 * width, color=COLORS[ours.dtype])
         label = f"{ratio:.2f}" if contest.complete else f"{ratio:.2f}*"
-        axis.annotate(label, (x, max(ratio, 1)), (0, 1), fontsize=8, **text)
+        top = max(ratio, 1, letter * len(best.contestant))
+        axis.annotate(label, (x, top), (0, 1), fontsize=8, **text)
         axis.annotate(best.contestant, (x, 0), (0, 3), fontsize=7, rotation=90, **text)
     axis.axhline(1, color="black", linewidth=1)
     axis.margins(y=0.2)
+    axis.set_xlim(-0.6, len(shapes) - 0.4)
     axis.spines[["top", "right"]].set_visible(False)
 
 
