@@ -5,7 +5,7 @@
 // reads the others in tiles, the next one in the background.
 #pragma once
 
-#include "tiles.h"
+#include "logits.h"
 
 namespace diffit::cuda {
 

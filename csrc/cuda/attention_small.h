@@ -6,6 +6,7 @@
 #pragma once
 
 #include "diagonals.h"
+#include "logits.h"
 
 namespace diffit::cuda {
 

@@ -162,7 +162,7 @@ PLANTED = {
         "nobody wrote|race|out of bounds",
     ),
     "a wrong row of the table": (
-        "tiles.h",
+        "logits.h",
         r"\(window.center\(\) \+ \(RowsAreKeys",
         "(1 + window.center() + (RowsAreKeys",
         "out of bounds|nobody wrote",
