@@ -40,24 +40,20 @@ def remembered(check: Callable[..., Answer]) -> Callable[..., Answer]:
 
     @wraps(check)
     def call(*args: Any) -> Answer:
-        compiling = torch.compiler.is_compiling()  # compilers guard sizes themselves
-        if not compiling:
-            key = tuple(
-                [
-                    (arg.shape, arg.dtype, arg.device) if isinstance(arg, Tensor) else arg
-                    for arg in args
-                ]
-            )
-            try:
-                return answers[key]
-            except (KeyError, TypeError):  # lists, and sizes that are symbols, have no hash
-                pass
+        if torch.compiler.is_compiling():  # compilers guard sizes themselves
+            return check(*[_described(arg) for arg in args])
+        key = tuple(
+            [(arg.shape, arg.dtype, arg.device) if isinstance(arg, Tensor) else arg for arg in args]
+        )
+        try:
+            return answers[key]
+        except (KeyError, TypeError):  # lists, and sizes that are symbols, have no hash
+            pass
         answer = check(*[_described(arg) for arg in args])
-        if not compiling:
-            if len(answers) >= _MOST_ANSWERS:
-                answers.clear()
-            with suppress(TypeError):
-                answers[key] = answer
+        if len(answers) >= _MOST_ANSWERS:
+            answers.clear()
+        with suppress(TypeError):
+            answers[key] = answer
         return answer
 
     return call
