@@ -144,6 +144,40 @@ void mlp(const MLPShape& shape, Address x, Address fc1_weight, Address fc1_bias,
     diffit::mlp(p, static_cast<int>(shape[6]));
 }
 
+// Of the time token and of the hidden layer.
+using Features = std::array<int64_t, 2>;
+
+void block(const Shape& shape, double scale, const std::array<double, 2>& eps,
+           const Features& features, Address q_row, Address v_row, int64_t row_stride_batch,
+           Address x, Address temb, Address qkv_weight, Address qkv_bias, Address temb_weight,
+           Address temb_bias, Address table, Address proj_weight, Address proj_bias,
+           Address fc1_weight, Address fc1_bias, Address fc2_weight, Address fc2_bias, Address y) {
+    diffit::DiffiTBlock b{};
+    b.attention = problem(shape, scale);
+    b.attention.table = pointer<float>(table);
+    b.attention.q_row = pointer<void>(q_row);
+    b.attention.v_row = pointer<void>(v_row);
+    b.attention.row_stride_batch = row_stride_batch;
+    b.eps1 = static_cast<float>(eps[0]);
+    b.eps2 = static_cast<float>(eps[1]);
+    b.temb_features = features[0];
+    b.hidden_features = features[1];
+    b.x = pointer<void>(x);
+    b.qkv_weight = pointer<void>(qkv_weight);
+    b.qkv_bias = pointer<void>(qkv_bias);
+    b.temb = pointer<void>(temb);
+    b.temb_weight = pointer<void>(temb_weight);
+    b.temb_bias = pointer<void>(temb_bias);
+    b.proj_weight = pointer<void>(proj_weight);
+    b.proj_bias = pointer<void>(proj_bias);
+    b.fc1_weight = pointer<void>(fc1_weight);
+    b.fc1_bias = pointer<void>(fc1_bias);
+    b.fc2_weight = pointer<void>(fc2_weight);
+    b.fc2_bias = pointer<void>(fc2_bias);
+    b.y = pointer<void>(y);
+    diffit::block(b, static_cast<int>(shape[8]));
+}
+
 // rows, features, dtype of x, dtype of y, threads
 using NormShape = std::array<int64_t, 5>;
 
@@ -193,6 +227,7 @@ PYBIND11_MODULE(_native, m) {
           [](int dtype) { return diffit::has_linear(static_cast<diffit::DType>(dtype)); });
     m.def("linear", linear, release);
     m.def("mlp", mlp, release);
+    m.def("block", block, release);
     m.def("add_layer_norm", add_layer_norm, release);
     m.def("add_layer_norm_backward", add_layer_norm_backward, release);
 }

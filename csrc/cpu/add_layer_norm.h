@@ -11,17 +11,6 @@
 namespace diffit {
 namespace {
 
-inline float sum_of_lanes(vf x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float lanes[W], sum = 0;
-    store(lanes, x);
-    for (int i = 0; i < W; ++i) sum += lanes[i];
-    return sum;
-#endif
-}
-
 // X: dtype of x, s and their gradient. Y: dtype of y, n and its gradient.
 template <class X, class Y>
 struct AddLayerNormKernel {

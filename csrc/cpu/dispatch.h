@@ -18,10 +18,11 @@ void window_attention(WindowAttention problem, int threads);
 void window_attention_backward(WindowAttention problem, int threads);
 void bias_gelu(BiasGelu problem, int threads);
 void bias_gelu_backward(BiasGelu problem, int threads);
-// Whether there is a kernel of linear layers for this dtype.
+// Whether there are kernels of linear layers for this dtype.
 bool has_linear(DType dtype);
 void linear(Linear problem, Weight weight, int threads);
 void mlp(const MLP& problem, int threads);
+void block(const DiffiTBlock& problem, int threads);
 void add_layer_norm(AddLayerNorm problem, int threads);
 void add_layer_norm_backward(AddLayerNorm problem, int threads);
 

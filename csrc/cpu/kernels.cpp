@@ -8,6 +8,7 @@
 #include "add_layer_norm.h"
 #include "bias_gelu.h"
 #include "linear.h"
+#include "skinny_linear.h"
 #include "window_attention.h"
 #include "window_attention_backward.h"
 
@@ -52,6 +53,8 @@ constexpr Kernels kernels_of() {
             {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward},
             nullptr,
             nullptr,
+            nullptr,
+            nullptr,
             nullptr};
 }
 
@@ -63,6 +66,8 @@ constexpr Kernels with_linear(Kernels kernels) {
     kernels.pack = LinearKernel<T>::pack;
     kernels.linear = LinearKernel<T>::run;
     kernels.mlp = LinearKernel<T>::mlp;
+    kernels.skinny_scratch = SkinnyLinearKernel<T>::scratch;
+    kernels.skinny_linear = SkinnyLinearKernel<T>::run;
 #endif
     return kernels;
 }

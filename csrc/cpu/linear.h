@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "add_layer_norm.h"
 #include "bias_gelu.h"
 #include "gemm.h"
 #include "problem.h"
@@ -28,7 +29,6 @@ struct LinearKernel {
     static constexpr int parts = split ? 3 : 1;
     static constexpr int N = linear_block, tile = W * N;
     static constexpr int step_size = 2 * parts * tile;  // of N rows or columns, for N of k
-    static constexpr int64_t resident = 1 << 20;  // bytes that stay in the second-level cache
 
     // The parts of x have no more bits than bfloat16. Rounding the first could make it infinite;
     // truncating the second would give the products left out the sign of those kept.
@@ -224,13 +224,26 @@ struct LinearKernel {
     // Where rows are left over, the last block begins among those of the one before.
     static int64_t row_of(const Linear& p, int64_t block) { return std::min(block * N, p.rows - N); }
 
+    // The layer norm of x, in scratch.
+    static const void* normed(const Linear& p, char* scratch) {
+        AddLayerNorm norm{};
+        norm.rows = norm.chunk = p.rows;
+        norm.features = p.k;
+        norm.eps = p.norm_eps;
+        norm.x = p.x;
+        norm.n = scratch + p.k * sizeof(float);
+        AddLayerNormKernel<T, T>::forward(norm, 0, scratch);
+        return norm.n;
+    }
+
     // Some steps of x as A.
-    static void pack_rows(const Linear& p, int64_t first_step, int64_t steps, uint16_t* out) {
+    static void pack_rows(const Linear& p, const float* x, int64_t first_step, int64_t steps,
+                          uint16_t* out) {
         for (int64_t block = 0; block * N < p.rows; ++block, out += steps * step_size) {
             for (int r = 0; r < N; ++r) {
-                const float* x = static_cast<const float*>(p.x) + (row_of(p, block) + r) * p.k;
+                const float* row = x + (row_of(p, block) + r) * p.k;
                 for (int64_t step = 0; step < steps; ++step) {
-                    const float* at = x + (first_step + step) * N;
+                    const float* at = row + (first_step + step) * N;
                     put(out + step * step_size, r, load(at), load(at + W));
                 }
             }
@@ -243,6 +256,11 @@ struct LinearKernel {
         const int64_t panels = end_panel - first_panel, blocks = (p.rows + N - 1) / N;
         const int64_t all_steps = p.k / N;
         const int64_t k_blocks = split ? (p.k + linear_k_block - 1) / linear_k_block : 1;
+        const void* x = p.x;
+        if (p.norm_eps != 0) {
+            x = normed(p, scratch);
+            scratch += norm_scratch(p, p.rows);
+        }
         float* sums = reinterpret_cast<float*>(scratch);
         float* so_far = sums + 2 * N * N;
         uint16_t* packed_x =
@@ -256,7 +274,7 @@ struct LinearKernel {
             // Where all panels stay in the second-level cache, rows are taken once and written in order.
             const bool by_rows = panels * steps * step_size * 2 <= resident;
             if constexpr (split)
-                if (!p.x_packed) pack_rows(p, first_step, steps, packed_x);
+                if (!p.x_packed) pack_rows(p, static_cast<const float*>(x), first_step, steps, packed_x);
             for (int64_t i = 0; i < blocks * panels; ++i, ++count) {
                 const int64_t m = by_rows ? i / panels : i % blocks;
                 const int64_t panel = by_rows ? i % panels : i / blocks;
@@ -276,12 +294,12 @@ struct LinearKernel {
                     }
                     if (before.sums) finish<activate, Y>(p, before, first, last);
                 };
-                const uint16_t* x = static_cast<const uint16_t*>(p.x);
+                const uint16_t* a = static_cast<const uint16_t*>(x);
                 Rows rows{packed_x + m * steps * step_size, tile, step_size, 64};
                 if (!split)
-                    rows = {x + block.row * p.k, W * p.k, N, p.k * 2};
+                    rows = {a + block.row * p.k, W * p.k, N, p.k * 2};
                 else if (p.x_packed)
-                    rows.data = x + (m * all_steps + first_step) * step_size;
+                    rows.data = a + (m * all_steps + first_step) * step_size;
                 const uint16_t* b = static_cast<const uint16_t*>(p.packed) +
                                     ((first_panel + panel) * all_steps + first_step) * step_size;
                 product(steps, rows, b, block.sums, between);
@@ -303,7 +321,7 @@ struct LinearKernel {
         const auto first_row = [&](int64_t b) {
             return b < p.row_blocks ? p.rows / N * b / p.row_blocks * N : p.rows;
         };
-        const int64_t first = first_row(block), size = p.y_dtype == DType::float32 ? 4 : 2;
+        const int64_t first = first_row(block), size = size_of(p.y_dtype);
         const auto moved = [](auto* start, int64_t bytes) {
             return start ? reinterpret_cast<decltype(start)>(uintptr_t(start) + bytes) : nullptr;
         };

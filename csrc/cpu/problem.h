@@ -8,6 +8,10 @@
 namespace diffit {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// Bytes that stay in the second-level cache.
+constexpr int64_t resident = 1 << 20;
 
 // Windowed attention with a relative position bias; see diffit_kernels/reference.
 struct WindowAttention {
@@ -23,7 +27,7 @@ struct WindowAttention {
     int64_t row_stride_batch;
 
     void* out;   // (B, L, C)
-    float* lse;  // (B, heads, L)
+    float* lse;  // (B, heads, L), in the forward pass may be null
 
     const void* grad_out;  // (B, L, C), last stride 1
     int64_t grad_out_stride_batch, grad_out_stride_token;
@@ -66,6 +70,7 @@ struct Linear {
     DType dtype;
     const void* x;       // (rows, k), or if x_packed the y of a layer with GELU
     bool x_packed;
+    float norm_eps;      // if not 0, the layer norm of x stands in its place
     const void* packed;  // the weight
     const void* bias;    // (n,) or null
     bool gelu;  // then y is packed for the next layer
@@ -77,13 +82,39 @@ struct Linear {
     int64_t row_blocks, column_blocks;  // into which it is cut
 };
 
-// y = gelu(x w1^T + b1) w2^T + b2 + residual, all but residual and y in dtype.
+// y = gelu(x w1^T + b1) w2^T + b2 + residual, all but residual and y in dtype; norm_eps as of Linear.
 struct MLP {
     int64_t rows, in_features, hidden_features, out_features;  // as the sizes of Linear
     DType dtype, y_dtype;
+    float norm_eps;
     const void *x, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *residual;
     void* hidden;  // (rows, hidden_features), x w1^T, or null
     void* y;
+};
+
+// y = x w^T + biases where rows are few; rows and k of any size.
+struct SkinnyLinear {
+    int64_t rows, n, k;
+    DType dtype;
+    const void *x, *weight;  // (rows, k), (n, k)
+    const void* biases[2];   // (n,) or null
+    void* y;                 // (rows, n)
+
+    int64_t chunk;  // columns in one item of work
+    int64_t chunks() const { return (n + chunk - 1) / chunk; }
+};
+
+// s = x + attention(norm(x) qkv_weight^T) proj_weight^T + proj_bias, y = s + mlp(norm(s)). The rows of
+// attention are given, or those of temb temb_weight^T + temb_bias + qkv_bias.
+struct DiffiTBlock {
+    WindowAttention attention;
+    float eps1, eps2;  // of the norms
+    int64_t temb_features, hidden_features;
+    const void *x, *qkv_weight;  // (B L, C), (3C, C)
+    const void *temb, *temb_weight, *temb_bias, *qkv_bias;  // (B, T), (3C, T), (3C,), or null
+    const void *proj_weight, *proj_bias;                    // (C, C), (C,) or null
+    const void *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+    void* y;  // (B L, C)
 };
 
 // gelu(hidden + bias) over (rows, features), and its gradient.
@@ -134,6 +165,8 @@ struct Kernels {
     void (*pack)(const Weight&, int64_t panel);
     void (*linear)(const Linear&, int64_t item, char* scratch);
     void (*mlp)(const Linear& fc1, const Linear& fc2, int64_t item, char* scratch);
+    size_t (*skinny_scratch)(const SkinnyLinear&);
+    void (*skinny_linear)(const SkinnyLinear&, int64_t item, char* scratch);
 };
 
 struct InstructionSet {
@@ -147,10 +180,16 @@ constexpr int64_t packed_size(DType dtype) { return dtype == DType::float32 ? 6 
 // Floats are multiplied and added up over blocks of k of this length at most.
 constexpr int64_t linear_k_block = 576;
 
-// Of an item of so many rows: two blocks of sums, and of floats a block of k of x, packed, and the
-// sums of the blocks before.
+// Bytes of the norm of so many rows of x, and of one row of it in floats.
+inline size_t norm_scratch(const Linear& p, int64_t rows) {
+    if (p.norm_eps == 0) return 0;
+    return (rows * size_of(p.dtype) + 4) * p.k;
+}
+
+// Of an item of so many rows: two blocks of sums, the norm of x and a row of it, and of floats a block
+// of k of x, packed, and the sums of the blocks before.
 inline size_t linear_scratch(const Linear& p, int64_t rows) {
-    size_t bytes = 2 * linear_block * linear_block * sizeof(float);
+    size_t bytes = 2 * linear_block * linear_block * sizeof(float) + norm_scratch(p, rows);
     if (p.dtype != DType::float32) return bytes;
     rows = (rows + linear_block - 1) / linear_block * linear_block;
     if (!p.x_packed) bytes += rows * std::min(p.k, linear_k_block) * packed_size(p.dtype);

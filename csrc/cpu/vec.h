@@ -87,6 +87,17 @@ inline bool all(vi x) {
 #endif
 }
 
+inline float sum_of_lanes(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float lanes[W], sum = 0;
+    store(lanes, x);
+    for (int i = 0; i < W; ++i) sum += lanes[i];
+    return sum;
+#endif
+}
+
 // a where it is larger, else b; b where either is NaN.
 inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)

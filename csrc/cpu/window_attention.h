@@ -163,10 +163,12 @@ struct Forward {
             for (int r = 0; r < block.count; ++r) exponentials<true>(block, r, bias);
             add_partial_sums(block);
         }
-        float* lse = p.lse + (group.sample * p.heads + group.head + block.head) * p.tokens() +
-                     group.token;
+        const int64_t first = (group.sample * p.heads + group.head + block.head) * p.tokens() +
+                              group.token;
         for (int r = 0; r < block.count; r += W) {
             const vf sum = load(sums + r);
+            store(sums + r, reciprocal(sum));
+            if (!p.lse) continue;
             vf of_rows = log(sum);
             if (shifted)
                 of_rows = __builtin_convertvector(
@@ -176,8 +178,7 @@ struct Forward {
             float lanes[W];
             store(lanes, of_rows);
             for (int i = 0; i < W && r + i < block.count; ++i)
-                lse[tokens[block.first + r + i]] = lanes[i];
-            store(sums + r, reciprocal(sum));
+                p.lse[first + tokens[block.first + r + i]] = lanes[i];
         }
     }
 

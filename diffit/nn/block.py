@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from diffit.nn.fusible import are_fusible
+from diffit.nn.fusible import are_fusible, are_unhooked
 from diffit.nn.tmsa import TMSA
 from diffit_kernels import add_layer_norm, layer_norm, mlp
+from diffit_kernels.ops.block import block, is_fused
 
 
 class MLP(nn.Module):
@@ -102,9 +103,61 @@ class DiffiTBlock(nn.Module):
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C); ``row`` and ``grid_size`` as in ``TMSA``."""
+        if self._is_fused(x, temb, row):
+            return self._fused(x, temb, row, grid_size)
         attention = self.attn(self.normed(x), temb, row=row, grid_size=grid_size)
         x, normed = self.add_normed(x, attention)
         return self.mlp(normed, residual=x)
+
+    def _is_fused(self, x: Tensor, temb: Tensor | None, row: Tensor | None) -> bool:
+        """Whether one operator computes all: of plain layers, a token or row for each sample."""
+        attn, mlp = self.attn, self.mlp
+        if torch.compiler.is_compiling() or type(attn) is not TMSA or type(mlp) is not MLP:
+            return False
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        layers = (self.norm1, attn.qkv, attn.qkv_temb, attn.softmax, attn.attn_drop, attn.proj)
+        others = (attn.proj_drop, self.norm2, fc1, fc2, mlp.drop)
+        return (
+            isinstance(x, Tensor)
+            and all(_is_for_each_sample(entry, x) for entry in (temb, row))
+            and are_unhooked(attn, mlp)
+            and are_fusible(*layers, *others)
+            and fc1.bias is not None
+            and fc2.bias is not None
+            and is_fused(x, attn.num_heads, attn.window_size, fc1.out_features)
+        )
+
+    def _fused(
+        self,
+        x: Tensor,
+        temb: Tensor | None,
+        row: Tensor | None,
+        grid_size: tuple[int, int] | None,
+    ) -> Tensor:
+        attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
+        attn.check(x, temb, row, attn.qkv.weight)
+        token = attn.qkv_temb
+        return block(
+            x,
+            temb,
+            row,
+            attn.qkv.weight,
+            attn.qkv.bias,
+            None if token is None else token.weight,
+            None if token is None else token.bias,
+            attn.relative_position_bias_table,
+            attn.proj.weight,
+            attn.proj.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            num_heads=attn.num_heads,
+            window_size=attn.window_size,
+            grid_size=grid_size,
+            scale=attn.scale,
+            eps=(self.norm1.eps, self.norm2.eps),
+        )
 
     def normed(self, x: Tensor) -> Tensor:
         """``norm1(x)``."""
@@ -116,3 +169,9 @@ class DiffiTBlock(nn.Module):
             return add_layer_norm(x, attention, self.norm2.eps)
         x = x + attention
         return x, self.norm2(x)
+
+
+def _is_for_each_sample(entry: Tensor | None, x: Tensor) -> bool:
+    if entry is None:
+        return True
+    return isinstance(entry, Tensor) and entry.dim() == 2 and entry.shape[0] == x.shape[0]

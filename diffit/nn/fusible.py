@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -19,6 +20,22 @@ def are_fusible(*layers: nn.Module | None) -> bool:
     return all(layer is None or _is_fusible(layer) for layer in layers)
 
 
+def are_unhooked(*layers: nn.Module) -> bool:
+    """Whether a call of these layers would run the forward of their classes and nothing else."""
+    return not (_has_any_global_hook() or any(_is_hooked(layer) for layer in layers))
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    own = layer.__dict__  # faster than attributes, which modules look for in several places
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    )
+
+
 _ELSEWHERE = object()  # where a weight is that is computed in each access, or put in place later
 # What PyTorch computes, whatever patches its classes later.
 _LINEAR, _NORM, _SOFTMAX, _DROPOUT, _IDENTITY = (
@@ -27,17 +44,10 @@ _LINEAR, _NORM, _SOFTMAX, _DROPOUT, _IDENTITY = (
 
 
 def _is_fusible(layer: Any) -> bool:
-    own = layer.__dict__  # faster than attributes, which modules look for in several places
-    if (
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
-        or "forward" in own
-    ):
+    if _is_hooked(layer):
         return False
     forward = getattr(type(layer), "forward", None)
-    weight = own["_parameters"].get("weight", _ELSEWHERE)
+    weight = layer.__dict__["_parameters"].get("weight", _ELSEWHERE)
     if forward is _LINEAR:
         if type(weight) is nn.Parameter:
             return True

@@ -178,8 +178,7 @@ class TMSA(nn.Module):
         """
         qkv, qkv_temb, proj = self.qkv, self.qkv_temb, self.proj
         weight = qkv.weight if are_fusible(qkv) else None
-        cast = weight is not None and autocast.is_active(weight)
-        _check(x, temb, row, weight, cast, self.dim, self.temb_dim)
+        self.check(x, temb, row, weight)
         if temb is not None and temb.dim() == 3 and temb.shape[1] == 1:
             temb = temb[:, 0]
         per_position = temb is not None and temb.dim() == 3
@@ -225,6 +224,13 @@ class TMSA(nn.Module):
             out, attention = self._attend(packed if row is None else packed + row, grid_size)
         out = self.proj_drop(proj(out))
         return (out, attention) if return_attention else out
+
+    def check(
+        self, x: Tensor, temb: Tensor | None, row: Tensor | None, weight: Tensor | None
+    ) -> None:
+        """Raise what ``forward`` would; ``weight`` is that of qkv, where it is computed with."""
+        cast = weight is not None and autocast.is_active(weight)
+        _check(x, temb, row, weight, cast, self.dim, self.temb_dim)
 
     def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """The formula as written, with its (B * windows, heads, M, M) probabilities."""

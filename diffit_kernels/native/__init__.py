@@ -86,10 +86,16 @@ def supports(problem: Problem) -> str | None:
     if problem.dtype not in _DTYPES:
         return f"{problem.dtype} is not one of float32, bfloat16, float16"
     if isinstance(problem, WindowAttentionProblem):
-        if problem.head_dim % 8 or not 8 <= problem.head_dim <= 128:
-            return f"head width {problem.head_dim} is not a multiple of 8 from 8 to 128"
-        if max(problem.window_size) > 32:
-            return f"window {problem.window_size} is larger than 32 x 32"
+        return supports_window(problem.head_dim, problem.window_size)
+    return None
+
+
+def supports_window(head_dim: int, window_size: tuple[int, int]) -> str | None:
+    """Why they cannot run attention in these windows, or None."""
+    if head_dim % 8 or not 8 <= head_dim <= 128:
+        return f"head width {head_dim} is not a multiple of 8 from 8 to 128"
+    if max(window_size) > 32:
+        return f"window {window_size} is larger than 32 x 32"
     return None
 
 
@@ -350,6 +356,38 @@ def mlp_backward(
         mm(grad_rows.t(), activation),
         grad_rows.sum(dim=0),
     )
+
+
+def block(
+    problem: WindowAttentionProblem,
+    x: Tensor,
+    temb: Tensor | None,
+    row: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    hidden_features: int,
+    scale: float,
+    eps: tuple[float, float],
+) -> Tensor:
+    """A block in inference whose layers ``has_product``; ``weights`` as the operator takes them."""
+    _, qkv_bias, *_ = weights
+    if temb is None and qkv_bias is not None:
+        row = qkv_bias.expand(problem.batch, -1) if row is None else row + qkv_bias
+    q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
+    q_row, v_row, row_stride = equally_spaced(q_row, v_row)
+    contiguous = [_optional(tensor) for tensor in (x, temb, *weights)]
+    y = x.new_empty(x.shape)
+    _module.block(
+        _shape(problem),
+        scale,
+        eps,
+        (0 if temb is None else temb.shape[1], hidden_features),
+        _pointer(q_row),
+        _pointer(v_row),
+        row_stride,
+        *map(_pointer, contiguous),
+        y.data_ptr(),
+    )
+    return y
 
 
 def add_layer_norm(

@@ -157,7 +157,7 @@ _forward.register_autocast(keep=(5,))
 
 
 @register_flop_formula(torch.ops.diffit.mlp)
-def _flops(x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *_: Any, **__: Any) -> int:
+def mlp_flops(x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *_: Any, **__: Any) -> int:
     """Of the two products, from the shapes of the arguments."""
     return 2 * prod(x[:-1]) * (prod(fc1_weight) + prod(fc2_weight))
 
@@ -165,4 +165,4 @@ def _flops(x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *_: Any, **_
 @register_flop_formula(torch.ops.diffit.mlp_backward)
 def _backward_flops(grad_y: Any, *inputs: Any, **_: Any) -> int:
     """For each product of the forward pass that for its input and, if asked, for its weights."""
-    return (2 if inputs[-1] else 1) * _flops(*inputs)
+    return (2 if inputs[-1] else 1) * mlp_flops(*inputs)

@@ -71,12 +71,14 @@ class Operator:
         self,
         backward: Callable[..., Any] | None = None,
         setup_context: Callable[..., None] | None = None,
+        *,
+        refusal: str = "gradients are of first order",
     ) -> None:
         """The gradient, as in ``torch.library.register_autograd``; None: asking for it raises."""
         name = self.name
 
         def no_derivative(ctx: Any, *grads: Tensor) -> Any:
-            raise RuntimeError(f"diffit::{name} has no derivative: gradients are of first order")
+            raise RuntimeError(f"diffit::{name} has no derivative: {refusal}")
 
         def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
             def compute(*args: Any) -> Any:

@@ -69,7 +69,7 @@ def tmsa(
     if temb is None:
         temb_weight = temb_bias = None
     weights = (qkv_weight, qkv_bias, temb_weight, temb_bias, proj_weight, proj_bias)
-    _check(x, temb, row, *weights, autocast.is_active(x))
+    check_tmsa(x, temb, row, *weights, autocast.is_active(x))
     row = _row(x.shape[0], temb, row, qkv_bias, temb_weight, temb_bias)
     out = attend_with_row(
         linear(x, qkv_weight),
@@ -84,7 +84,7 @@ def tmsa(
 
 
 @remembered
-def _check(
+def check_tmsa(
     x: Described,
     temb: Described | None,
     row: Described | None,

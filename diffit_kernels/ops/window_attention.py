@@ -78,10 +78,7 @@ def window_attention(
         head_dim = qkv.shape[-1] // (3 * max(num_heads, 1))
         scale = max(head_dim, 1) ** -0.5
     if rel_pos_table is not None:
-        require_floating("rel_pos_table", rel_pos_table)
-        dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        if rel_pos_table.dtype != dtype:
-            rel_pos_table = rel_pos_table.to(dtype)
+        rel_pos_table = as_table(rel_pos_table, qkv.dtype)
     out, _ = _forward(qkv, rel_pos_table, q_row, v_row, num_heads, window, grid, float(scale))
     return out
 
@@ -95,6 +92,13 @@ def as_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     if len(size) != 2:
         raise ValueError(f"{name}: expected one or two integers, got {size}")
     return size[0], size[1]
+
+
+def as_table(rel_pos_table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The table as it is computed with where q, k and v have this dtype."""
+    require_floating("rel_pos_table", rel_pos_table)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return rel_pos_table if rel_pos_table.dtype == dtype else rel_pos_table.to(dtype)
 
 
 def as_grid(
@@ -227,7 +231,7 @@ _forward.register_autocast(keep=(1,))
 
 
 @register_flop_formula(torch.ops.diffit.window_attention)
-def _flops(
+def attention_flops(
     qkv: Any, table: Any, q_row: Any, v_row: Any, heads: Any, window: Any, *_: Any, **__: Any
 ) -> int:
     """Of the products for logits and values, from the shapes of the arguments."""
@@ -247,4 +251,4 @@ def _backward_flops(
     **_: Any,
 ) -> int:
     """The logits again, and the gradients of values, probabilities, q and k."""
-    return _flops(qkv, table, q_row, v_row, *sizes) * 5 // 2
+    return attention_flops(qkv, table, q_row, v_row, *sizes) * 5 // 2

@@ -1,0 +1,362 @@
+"""A whole block in inference: one operator, or those of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffit_kernels as dk
+from diffit.nn import TMSA, DiffiTBlock
+from diffit_kernels import native
+from tests.numeric_rule import assert_numeric_rule
+
+DTYPES = [torch.float32, torch.bfloat16]
+BLOCK = torch.ops.diffit.block
+
+
+@pytest.fixture(autouse=True)
+def fastest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have them; elsewhere there is no such operator."""
+    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
+    if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
+        pytest.skip("no faster products than PyTorch's for this processor")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block and what it is called with."""
+
+    batch: int
+    grid: tuple[int, int]
+    window: tuple[int, int]
+    dim: int
+    heads: int
+    temb_dim: int | None = 24
+    qkv_bias: bool = True
+    rel_pos_bias: bool = True
+    mlp_ratio: float = 4
+
+    def block(self, dtype: torch.dtype) -> DiffiTBlock:
+        torch.manual_seed(0)
+        block = DiffiTBlock(
+            self.dim,
+            self.heads,
+            temb_dim=self.temb_dim,
+            window_size=self.window,
+            mlp_ratio=self.mlp_ratio,
+            qkv_bias=self.qkv_bias,
+            rel_pos_bias=self.rel_pos_bias,
+        )
+        for parameter in block.parameters():  # as large as what they are added to
+            if parameter.dim() == 1 or parameter is block.attn.relative_position_bias_table:
+                nn.init.normal_(parameter)
+        return block.to(dtype).requires_grad_(False)
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.batch, self.grid[0] * self.grid[1], self.dim)
+        x = torch.randn(shape, generator=generator).to(dtype) * 2 + 1
+        temb = None
+        if self.temb_dim is not None:
+            temb = torch.randn(self.batch, self.temb_dim, generator=generator).to(dtype)
+        return {"x": x, "temb": temb, "grid_size": self.grid}
+
+
+CASES = [
+    Case(3, (16, 32), (4, 8), 64, 2),  # a row of windows in a part
+    Case(2, (32, 8), (2, 4), 96, 4, temb_dim=19),  # some rows of windows of a sample
+    Case(9, (4, 4), (2, 2), 32, 1, temb_dim=7, qkv_bias=False),  # some samples
+    Case(5, (3, 11), (3, 11), 64, 8, rel_pos_bias=False),  # rows of a product left over
+    Case(2, (7, 7), (1, 7), 32, 2, temb_dim=None, mlp_ratio=1),  # windows on parts too small
+    Case(1, (16, 16), (16, 16), 64, 1, temb_dim=None, qkv_bias=False),  # as layers
+    Case(1, (10, 26), (5, 13), 544, 17, mlp_ratio=2),  # long sums, too much for one thread
+]
+
+
+def run(block: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return block(**inputs)
+
+
+def runs_at_once(block: nn.Module, inputs: dict[str, Any], call: Callable[..., Any] = run) -> bool:
+    with patch.object(native, "block", wraps=native.block) as kernel:
+        call(block, inputs)
+    return kernel.called
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_numeric_rule(
+    threads: Callable[[int], None], count: int, case: Case, dtype: torch.dtype
+) -> None:
+    threads(count)
+    block, inputs = case.block(dtype), case.inputs(dtype)
+    assert runs_at_once(block, inputs)
+    exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with dk.use_backend("reference"):
+        plain = run(block, inputs)
+    got = run(block, inputs)
+    assert_numeric_rule({"y": got}, {"y": plain}, {"y": run(block.double(), exact)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_threads_do_not_change_a_bit(
+    threads: Callable[[int], None], case: Case, dtype: torch.dtype
+) -> None:
+    """With more threads than parts it is computed layer by layer."""
+    block, inputs = case.block(dtype), case.inputs(dtype)
+    expected = run(block, inputs)
+    for count in (2, 3, 32):
+        threads(count)
+        assert torch.equal(run(block, inputs), expected)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_a_row_in_place_of_the_token(case: Case) -> None:
+    block, inputs = case.block(torch.float32), case.inputs(torch.float32)
+    with torch.no_grad():
+        row = block.attn.qkv_temb(inputs["temb"])
+    by_row = inputs | {"temb": None, "row": row}
+    assert runs_at_once(block, by_row)
+    torch.testing.assert_close(run(block, by_row), run(block, inputs))
+
+
+def test_norms_have_their_own_eps() -> None:
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    block.norm1.eps, block.norm2.eps = 0.5, 8.0
+    assert runs_at_once(block, inputs)
+    with dk.use_backend("reference"):
+        expected = run(block, inputs)
+    torch.testing.assert_close(run(block, inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    block, inputs = CASES[0].block(dtype), CASES[0].inputs(dtype)
+    expected = run(block, inputs)
+    for name in ("x", "temb"):
+        inputs[name] = inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    for parameter in block.parameters():
+        parameter.data = torch.stack([parameter.data] * 2, dim=-1)[..., 1]
+    assert runs_at_once(block, inputs)
+    assert torch.equal(run(block, inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_window(value: float, dtype: torch.dtype) -> None:
+    block, inputs = CASES[0].block(dtype), CASES[0].inputs(dtype)
+    expected = run(block, inputs)
+    inputs["x"][1, 0, 3] = value
+    y, expected = (
+        out.unflatten(1, (4, 4, 4, 8)).transpose(2, 3) for out in (run(block, inputs), expected)
+    )
+    assert not y[1, 0, 0].isfinite().any()
+    y[1, 0, 0] = expected[1, 0, 0]
+    assert torch.equal(y, expected)
+
+
+# --- when it is one operator
+
+
+def _attend_elsewhere(block: DiffiTBlock, inputs: dict[str, Any]) -> None:
+    class Other(TMSA):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return super().forward(*args, **options)
+
+    block.attn.__class__ = Other
+
+
+CHANGES: dict[str, Callable[[DiffiTBlock, dict[str, Any]], object]] = {
+    "a hook on attention": lambda block, _: block.attn.register_forward_hook(lambda *_: None),
+    "a hook on the mlp": lambda block, _: block.mlp.register_forward_pre_hook(lambda *_: None),
+    "a hook on a projection": lambda block, _: block.attn.proj.register_forward_hook(
+        lambda *_: None
+    ),
+    "a forward of its own": lambda block, _: setattr(block.mlp, "forward", block.mlp.forward),
+    "attention of another class": _attend_elsewhere,
+    "a norm with parameters": lambda block, _: setattr(block, "norm2", nn.LayerNorm(64)),
+    "an active dropout": lambda block, _: setattr(block.mlp.drop, "p", 1e-9),
+    "no bias": lambda block, _: setattr(block.mlp.fc2, "bias", None),
+    "a token for two samples": lambda _, inputs: inputs.update(
+        x=inputs["x"][:2], temb=inputs["temb"][:1]
+    ),
+    "a token of three dimensions": lambda _, inputs: inputs.update(temb=inputs["temb"][:, None]),
+    "another dtype": lambda block, inputs: (
+        block.half(),
+        inputs.update(x=inputs["x"].half(), temb=inputs["temb"].half()),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_takes_the_operators_of_the_layers(change: str) -> None:
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    assert runs_at_once(block, inputs)
+    CHANGES[change](block, inputs)
+    assert not runs_at_once(block, inputs)
+
+
+def test_hooks_on_all_modules_run() -> None:
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        run(block, inputs)
+    finally:
+        hook.remove()
+    assert {block.attn, block.mlp, block} <= set(seen)
+
+
+def test_gradients_and_autocast_take_the_operators_of_the_layers() -> None:
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    assert runs_at_once(block, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not runs_at_once(block, inputs)
+    x = inputs["x"].requires_grad_()
+    assert not runs_at_once(block, inputs, lambda *_: block(**inputs).sum().backward())
+    assert x.grad is not None
+
+
+# --- the operator itself
+
+
+def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Of ``torch.ops.diffit.block``."""
+    block, inputs = case.block(dtype), case.inputs(dtype)
+    attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+    return {
+        "x": inputs["x"],
+        "temb": inputs["temb"],
+        "row": None,
+        "qkv_weight": attn.qkv.weight,
+        "qkv_bias": attn.qkv.bias,
+        "temb_weight": attn.qkv_temb.weight,
+        "temb_bias": attn.qkv_temb.bias,
+        "rel_pos_table": attn.relative_position_bias_table.float(),
+        "proj_weight": attn.proj.weight,
+        "proj_bias": attn.proj.bias,
+        "fc1_weight": fc1.weight,
+        "fc1_bias": fc1.bias,
+        "fc2_weight": fc2.weight,
+        "fc2_bias": fc2.bias,
+        "num_heads": case.heads,
+        "window_size": case.window,
+        "grid_size": case.grid,
+        "scale": attn.scale,
+        "eps1": 1e-6,
+        "eps2": 1e-6,
+    }
+
+
+def test_operations_are_counted_as_those_of_the_layers() -> None:
+    with FlopCounterMode(display=False) as counter:
+        BLOCK(**arguments(CASES[0], torch.float32))
+    assert BLOCK in counter.get_flop_counts()["Global"]
+    with FlopCounterMode(display=False) as of_layers:  # whose hooks keep layers apart
+        run(CASES[0].block(torch.float32), CASES[0].inputs(torch.float32))
+    assert counter.get_total_flops() == of_layers.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    torch.library.opcheck(BLOCK, (), arguments(CASES[0], dtype))
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = {
+    "temb of other samples": (
+        lambda a: a.update(temb=a["temb"][:1]),
+        ValueError,
+        r"temb: expected shape \(3, 24\)",
+    ),
+    "fc1": (
+        lambda a: a.update(fc1_weight=a["fc1_weight"][:, :32]),
+        ValueError,
+        "fc1_weight: expected",
+    ),
+    "fc2": (
+        lambda a: a.update(fc2_weight=a["fc2_weight"][:32], fc2_bias=a["fc2_bias"][:32]),
+        ValueError,
+        "fc2_weight: expected",
+    ),
+    "proj": (
+        lambda a: a.update(proj_weight=a["proj_weight"].double()),
+        TypeError,
+        "proj_weight: expected",
+    ),
+    "table": (
+        lambda a: a.update(rel_pos_table=a["rel_pos_table"][1:]),
+        ValueError,
+        "rel_pos_table: exp",
+    ),
+    "window": (lambda a: a.update(window_size=(3, 8)), ValueError, "window_size: expected"),
+    "eps": (lambda a: a.update(eps2=0.0), ValueError, "eps: expected a positive"),
+    "heads": (lambda a: a.update(num_heads=64), ValueError, "rel_pos_table: expected"),
+    "head width": (
+        lambda a: a.update(num_heads=16, rel_pos_table=None),
+        RuntimeError,
+        "head width 4",
+    ),
+    "few rows": (
+        lambda a: a.update(
+            x=a["x"][:, :8], grid_size=(1, 8), window_size=(1, 8), rel_pos_table=None
+        ),
+        RuntimeError,
+        "no products of 24 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_calls(wrong: str) -> None:
+    change, error, message = WRONG[wrong]
+    call = arguments(CASES[0], torch.float32)
+    BLOCK(**call)
+    change(call)
+    for _ in range(2):  # answers are remembered
+        with pytest.raises(error, match=message):
+            BLOCK(**call)
+
+
+def test_a_gradient_is_refused() -> None:
+    call = arguments(CASES[0], torch.float32)
+    call["x"].requires_grad_()
+    y = BLOCK(**call)
+    with pytest.raises(RuntimeError, match="diffit::block has no derivative: it is"):
+        y.sum().backward()
+
+
+def test_a_block_that_is_called_wrongly() -> None:
+    """Raises what its layers raise."""
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    wrong = {
+        "x": inputs["x"][..., :32],
+        "temb": inputs["temb"][:, :5],
+        "row": inputs["temb"],
+        "grid_size": (5, 5),
+    }
+    for name, value in wrong.items():
+        call = inputs | {name: value}
+        messages = []
+        for enabled in (False, True):
+            with torch.set_grad_enabled(enabled), pytest.raises(ValueError, match=name) as error:
+                block(**call)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+
+
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, inputs), run(block, inputs))
