@@ -3,6 +3,7 @@
 // the deviations, which is what that leaves, is taken off too.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "problem.h"
@@ -54,33 +55,50 @@ struct AddLayerNormKernel {
         return tensor ? static_cast<T*>(tensor) + offset : nullptr;
     }
 
+    // Step by step for some short rows in half precision, since what follows a sum waits for it. In
+    // float32 all wait for memory, which serves rows one by one better.
     static void forward(const AddLayerNorm& p, int64_t item, char* scratch) {
-        float* row = reinterpret_cast<float*>(scratch);
-        const float count = static_cast<float>(p.features);
-        for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
-            const X* x = static_cast<const X*>(p.x) + r * p.features;
-            const Y* y = row_of<const Y>(p.y, r * p.features);
-            X* s = row_of<X>(p.s, r * p.features);
-            Y* n = static_cast<Y*>(p.n) + r * p.features;
-            float total[1], moments[2];
-            sum(p.features, total, [&](int64_t c, int lanes, vf(&t)[1]) {
-                vf v = load(x + c, lanes);
-                if (y) v += load(y + c, lanes);
-                store(row + c, v, lanes);
-                if (s) store(s + c, v, lanes);
-                t[0] += v;
-            });
-            const float mean = total[0] / count;
-            sum(p.features, moments, [&](int64_t c, int lanes, vf(&t)[2]) {
-                const vf d = valid(load(row + c, lanes) - mean, lanes);
-                t[0] += d;
-                t[1] += d * d;
-            });
-            const float rest = moments[0] / count;
-            const float rstd = 1 / std::sqrt(moments[1] / count - rest * rest + p.eps);
-            over(p.features, [&](int64_t c, int lanes) {
-                store(n + c, (load(row + c, lanes) - mean - rest) * rstd, lanes);
-            });
+        const int64_t features = p.features, end = std::min(p.rows, (item + 1) * p.chunk);
+        const int64_t at_once =
+            sizeof(Y) == 2 ? std::clamp<int64_t>(1024 / features, 1, norm_rows) : 1;
+        const float count = static_cast<float>(features);
+        for (int64_t first = item * p.chunk; first < end; first += at_once) {
+            const int64_t rows = std::min(at_once, end - first);
+            float *row = reinterpret_cast<float*>(scratch), mean[norm_rows], rest[norm_rows],
+                  rstd[norm_rows];
+            for (int64_t r = 0; r < rows; ++r, row += features) {
+                const int64_t at = (first + r) * features;
+                const X* x = static_cast<const X*>(p.x) + at;
+                const Y* y = row_of<const Y>(p.y, at);
+                X* s = row_of<X>(p.s, at);
+                float total[1];
+                sum(features, total, [&](int64_t c, int lanes, vf(&t)[1]) {
+                    vf v = load(x + c, lanes);
+                    if (y) v += load(y + c, lanes);
+                    store(row + c, v, lanes);
+                    if (s) store(s + c, v, lanes);
+                    t[0] += v;
+                });
+                mean[r] = total[0] / count;
+            }
+            row = reinterpret_cast<float*>(scratch);
+            for (int64_t r = 0; r < rows; ++r, row += features) {
+                float moments[2];
+                sum(features, moments, [&](int64_t c, int lanes, vf(&t)[2]) {
+                    const vf d = valid(load(row + c, lanes) - mean[r], lanes);
+                    t[0] += d;
+                    t[1] += d * d;
+                });
+                rest[r] = moments[0] / count;
+                rstd[r] = 1 / std::sqrt(moments[1] / count - rest[r] * rest[r] + p.eps);
+            }
+            row = reinterpret_cast<float*>(scratch);
+            for (int64_t r = 0; r < rows; ++r, row += features) {
+                Y* n = static_cast<Y*>(p.n) + (first + r) * features;
+                over(features, [&](int64_t c, int lanes) {
+                    store(n + c, (load(row + c, lanes) - mean[r] - rest[r]) * rstd[r], lanes);
+                });
+            }
         }
     }
 

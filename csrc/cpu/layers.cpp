@@ -214,7 +214,7 @@ void bias_gelu_backward(BiasGelu g, int threads) {
 void add_layer_norm(AddLayerNorm p, int threads) {
     const auto kernel = kernels(p.y_dtype).add_layer_norm[p.x_dtype != p.y_dtype];
     p.chunk = std::max<int64_t>(1, 16384 / p.features);
-    for_each_item(kernels(p.y_dtype), p.chunks(), p.features * sizeof(float), 0, threads,
+    for_each_item(kernels(p.y_dtype), p.chunks(), norm_rows * p.features * sizeof(float), 0, threads,
                   [&](int64_t item, char* scratch) { kernel(p, item, scratch); });
 }
 

@@ -231,7 +231,7 @@ struct LinearKernel {
         norm.features = p.k;
         norm.eps = p.norm_eps;
         norm.x = p.x;
-        norm.n = scratch + p.k * sizeof(float);
+        norm.n = scratch + norm_rows * p.k * sizeof(float);
         AddLayerNormKernel<T, T>::forward(norm, 0, scratch);
         return norm.n;
     }

@@ -148,6 +148,9 @@ struct AddLayerNorm {
     int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 };
 
+// Rows that are normalised at once, and lie in scratch as floats.
+constexpr int64_t norm_rows = 4;
+
 // The kernels of one instruction set and dtype. A thread calls enter, any number of kernels, leave.
 struct Kernels {
     void (*enter)();
@@ -180,13 +183,13 @@ constexpr int64_t packed_size(DType dtype) { return dtype == DType::float32 ? 6 
 // Floats are multiplied and added up over blocks of k of this length at most.
 constexpr int64_t linear_k_block = 576;
 
-// Bytes of the norm of so many rows of x, and of one row of it in floats.
+// Bytes of the norm of so many rows of x, and of what it takes.
 inline size_t norm_scratch(const Linear& p, int64_t rows) {
     if (p.norm_eps == 0) return 0;
-    return (rows * size_of(p.dtype) + 4) * p.k;
+    return (rows * size_of(p.dtype) + norm_rows * sizeof(float)) * p.k;
 }
 
-// Of an item of so many rows: two blocks of sums, the norm of x and a row of it, and of floats a block
+// Of an item of so many rows: two blocks of sums, the norm of x, and of floats a block
 // of k of x, packed, and the sums of the blocks before.
 inline size_t linear_scratch(const Linear& p, int64_t rows) {
     size_t bytes = 2 * linear_block * linear_block * sizeof(float) + norm_scratch(p, rows);

@@ -103,29 +103,12 @@ class DiffiTBlock(nn.Module):
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """x (B, L, C), temb (B, T) -> (B, L, C); ``row`` and ``grid_size`` as in ``TMSA``."""
-        if self._is_fused(x, temb, row):
-            return self._fused(x, temb, row, grid_size)
+        fused = self._fused(x, temb, row, grid_size)
+        if fused is not None:
+            return fused
         attention = self.attn(self.normed(x), temb, row=row, grid_size=grid_size)
         x, normed = self.add_normed(x, attention)
         return self.mlp(normed, residual=x)
-
-    def _is_fused(self, x: Tensor, temb: Tensor | None, row: Tensor | None) -> bool:
-        """Whether one operator computes all: of plain layers, a token or row for each sample."""
-        attn, mlp = self.attn, self.mlp
-        if torch.compiler.is_compiling() or type(attn) is not TMSA or type(mlp) is not MLP:
-            return False
-        fc1, fc2 = mlp.fc1, mlp.fc2
-        layers = (self.norm1, attn.qkv, attn.qkv_temb, attn.softmax, attn.attn_drop, attn.proj)
-        others = (attn.proj_drop, self.norm2, fc1, fc2, mlp.drop)
-        return (
-            isinstance(x, Tensor)
-            and all(_is_for_each_sample(entry, x) for entry in (temb, row))
-            and are_unhooked(attn, mlp)
-            and are_fusible(*layers, *others)
-            and fc1.bias is not None
-            and fc2.bias is not None
-            and is_fused(x, attn.num_heads, attn.window_size, fc1.out_features)
-        )
 
     def _fused(
         self,
@@ -133,30 +116,46 @@ class DiffiTBlock(nn.Module):
         temb: Tensor | None,
         row: Tensor | None,
         grid_size: tuple[int, int] | None,
-    ) -> Tensor:
-        attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
-        attn.check(x, temb, row, attn.qkv.weight)
-        token = attn.qkv_temb
+    ) -> Tensor | None:
+        """The result by one operator, or None where layers are to be called or none takes them."""
+        attn, mlp = self.attn, self.mlp
+        if torch.compiler.is_compiling() or type(attn) is not TMSA or type(mlp) is not MLP:
+            return None
+        qkv, token, proj, norm1, norm2 = attn.qkv, attn.qkv_temb, attn.proj, self.norm1, self.norm2
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop)
+        if not (
+            isinstance(x, Tensor)
+            and all(_is_for_each_sample(entry, x) for entry in (temb, row))
+            and are_unhooked(attn, mlp)
+            and are_fusible(norm1, qkv, token, attn.softmax, proj, norm2, fc1, fc2, *dropouts)
+            and is_fused(x, attn.num_heads, attn.window_size, fc1.out_features)
+        ):
+            return None
+        qkv_weight, b1, b2 = qkv.weight, fc1.bias, fc2.bias
+        if b1 is None or b2 is None:
+            return None
+        attn.check(x, temb, row, qkv_weight)
         return block(
             x,
             temb,
             row,
-            attn.qkv.weight,
-            attn.qkv.bias,
+            qkv_weight,
+            qkv.bias,
             None if token is None else token.weight,
             None if token is None else token.bias,
             attn.relative_position_bias_table,
-            attn.proj.weight,
-            attn.proj.bias,
+            proj.weight,
+            proj.bias,
             fc1.weight,
-            fc1.bias,
+            b1,
             fc2.weight,
-            fc2.bias,
+            b2,
             num_heads=attn.num_heads,
             window_size=attn.window_size,
             grid_size=grid_size,
             scale=attn.scale,
-            eps=(self.norm1.eps, self.norm2.eps),
+            eps=(norm1.eps, norm2.eps),
         )
 
     def normed(self, x: Tensor) -> Tensor:

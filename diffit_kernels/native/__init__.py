@@ -119,15 +119,15 @@ def _shape(problem: WindowAttentionProblem) -> tuple[int, ...]:
     )
 
 
-def has_product(dtype: torch.dtype, rows: int, *features: int, transposed: bool = False) -> bool:
+def has_product(dtype: torch.dtype, rows: int, *features: int) -> bool:
     """Whether there is a kernel of linear layers, faster than PyTorch's, for these sizes."""
-    return (
-        dtype in _LEAST_ROWS
-        and _module.has_linear(_DTYPES[dtype])
-        and rows >= _LEAST_ROWS[dtype]
-        and all(n * k <= _LARGEST_WEIGHT[dtype] for n, k in pairwise(features))
-        and all(count % _LINEAR_BLOCK == 0 for count in features)
-    )
+    if rows < _LEAST_ROWS.get(dtype, math.inf) or not _module.has_linear(_DTYPES[dtype]):
+        return False
+    largest = _LARGEST_WEIGHT[dtype]
+    for n, k in pairwise(features):
+        if n % _LINEAR_BLOCK or k % _LINEAR_BLOCK or n * k > largest:
+            return False
+    return True
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
