@@ -8,7 +8,7 @@ namespace diffit {
 namespace {
 
 // How the rows and columns of a linear layer are cut changes none of its numbers.
-constexpr int64_t rows_of_item = 64;
+constexpr int64_t rows_of_item = 128;
 
 // The most rows that an item has.
 int64_t most_rows(const Linear& p) {
@@ -19,8 +19,8 @@ void run_linear(Linear p, const Kernels& k, int threads) {
     // Packed weights of floats come from the third-level cache: once for more rows, where there are.
     const int64_t rows =
         p.dtype == DType::float32
-            ? std::clamp(p.rows / (2 * threads), rows_of_item, 4 * rows_of_item)
-            : 2 * rows_of_item;
+            ? std::clamp(p.rows / (2 * threads), rows_of_item / 2, 2 * rows_of_item)
+            : rows_of_item;
     p.row_blocks = std::max<int64_t>(1, p.rows / rows);
     const int64_t wanted = 4 * threads / p.row_blocks, most = p.n / (4 * linear_block);
     p.column_blocks = std::max<int64_t>(1, std::min(wanted, most));
@@ -82,14 +82,15 @@ void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kerne
     fc2.y_dtype = m.y_dtype;
     fc2.residual = m.residual;
     fc2.y = m.y;
-    if (m.rows / linear_block < threads || hidden_size(rows_of_item) > resident) {
+    if (m.rows / linear_block < threads || hidden_size(rows_of_item) > 2 * resident) {
         static thread_local Scratch hidden;
         fc2.x = fc1.y = hidden.reserve(hidden_size(m.rows));
         run_linear(fc1, k, threads);
         return run_linear(fc2, k, threads);
     }
-    fc1.row_blocks = fc2.row_blocks =
-        std::max<int64_t>(std::min<int64_t>(threads, m.rows / linear_block), m.rows / rows_of_item);
+    // As many for each thread.
+    const int64_t wanted = (m.rows / rows_of_item + threads - 1) / threads * threads;
+    fc1.row_blocks = fc2.row_blocks = std::clamp<int64_t>(wanted, threads, m.rows / linear_block);
     const int64_t rows = most_rows(fc1);
     const size_t bytes =
         std::max(linear_scratch(fc1, rows), linear_scratch(fc2, rows)) + hidden_size(rows);
@@ -103,7 +104,7 @@ void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kerne
 class Strips {
 public:
     explicit Strips(const WindowAttention& a) : whole_(a) {
-        const int64_t rows = 2 * rows_of_item, per_sample = a.height / a.window_height;
+        const int64_t rows = rows_of_item, per_sample = a.height / a.window_height;
         int64_t windows = std::clamp<int64_t>(rows / (a.window_height * a.width), 1, per_sample);
         while (per_sample % windows) --windows;
         height_ = windows * a.window_height;
@@ -155,7 +156,9 @@ void run_tmsa(WindowAttention a, Linear qkv, Linear proj, const Kernels& k, int 
     while (a.heads % a.group) --a.group;
     Strips strips(a);
     const int64_t most = strips.tokens();
-    if (strips.count() < threads || most < linear_block || 4 * most * row_size > resident) {
+    const int64_t rounds = (strips.count() + threads - 1) / threads;
+    const bool idle = 3 * strips.count() < 2 * rounds * threads;  // a third of the threads or more
+    if (idle || most < linear_block || 4 * most * row_size > 3 * resident) {
         Scratch packed, out;
         qkv.y = packed.reserve(3 * rows * row_size);
         run_linear(qkv, k, threads);
