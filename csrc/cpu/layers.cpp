@@ -157,7 +157,7 @@ void run_tmsa(WindowAttention a, Linear qkv, Linear proj, const Kernels& k, int 
     Strips strips(a);
     const int64_t most = strips.tokens();
     const int64_t rounds = (strips.count() + threads - 1) / threads;
-    const bool idle = 3 * strips.count() < 2 * rounds * threads;  // a third of the threads or more
+    const bool idle = 4 * strips.count() <= 3 * rounds * threads;  // a quarter of the threads
     if (idle || most < linear_block || 4 * most * row_size > 3 * resident) {
         Scratch packed, out;
         qkv.y = packed.reserve(3 * rows * row_size);
