@@ -209,8 +209,13 @@ struct LinearKernel {
                 x = x + bias[half];
                 if (activate) x = gelu<T>(x);
                 if (p.residual) x = x + load(static_cast<const Y*>(p.residual) + at);
-                if (!(split && activate)) store(static_cast<Y*>(p.y) + at, x);
+                if constexpr (sizeof(Y) == 4 && !activate) store(static_cast<Y*>(p.y) + at, x);
                 y[half] = x;
+            }
+            if constexpr (sizeof(Y) == 2) {
+                const __m512bh both = _mm512_cvtne2ps_pbh((__m512)y[1], (__m512)y[0]);
+                std::memcpy(static_cast<Y*>(p.y) + (block.row + r) * p.n + block.column, &both,
+                            sizeof both);
             }
             if constexpr (split && activate) {
                 if (block.last)
@@ -289,7 +294,7 @@ struct LinearKernel {
                     const int first = step * rows_of_step, last = std::min(first + rows_of_step, N);
                     for (int r = first; r < last && (!split || block.last); ++r) {
                         const int64_t at = (block.row + r) * p.n + block.column;
-                        if (!(split && activate)) prefetch_row<1>(static_cast<Y*>(p.y) + at, N);
+                        if (!activate) prefetch_row<1>(static_cast<Y*>(p.y) + at, N);  // else it is near
                         if (p.product) prefetch_row<1>(static_cast<T*>(p.product) + at, N);
                     }
                     if (before.sums) finish<activate, Y>(p, before, first, last);
