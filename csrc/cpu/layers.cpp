@@ -1,3 +1,4 @@
+#include <limits>
 #include <vector>
 
 #include "dispatch.h"
@@ -57,7 +58,7 @@ void pack(Weight (&weights)[count], DType dtype, const Kernels& k, int threads) 
 }
 
 // A block of rows goes through both layers at once, where there are enough blocks for the threads and
-// its hidden layer stays in the second-level cache.
+// its hidden layer is no larger than the second-level cache.
 void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kernels& k, int threads) {
     const auto hidden_size = [&](int64_t rows) {
         return (rows + linear_block - 1) / linear_block * linear_block * m.hidden_features *
@@ -88,7 +89,7 @@ void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kerne
         run_linear(fc1, k, threads);
         return run_linear(fc2, k, threads);
     }
-    // As many for each thread.
+    // As many blocks for each thread.
     const int64_t wanted = (m.rows / rows_of_item + threads - 1) / threads * threads;
     fc1.row_blocks = fc2.row_blocks = std::clamp<int64_t>(wanted, threads, m.rows / linear_block);
     const int64_t rows = most_rows(fc1);
@@ -99,15 +100,15 @@ void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kerne
     });
 }
 
-// What a thread takes through attention and the layers around it at once: some samples, or some rows of
-// windows of one.
+// What a thread takes through attention and the layers around it at once, about rows_of_item tokens:
+// some samples, or some rows of windows of one.
 class Strips {
 public:
     explicit Strips(const WindowAttention& a) : whole_(a) {
         const int64_t rows = rows_of_item, per_sample = a.height / a.window_height;
-        int64_t windows = std::clamp<int64_t>(rows / (a.window_height * a.width), 1, per_sample);
-        while (per_sample % windows) --windows;
-        height_ = windows * a.window_height;
+        int64_t deep = std::clamp<int64_t>(rows / (a.window_height * a.width), 1, per_sample);
+        while (per_sample % deep) --deep;
+        height_ = deep * a.window_height;
         const int64_t samples = std::clamp<int64_t>(rows / a.tokens(), 1, a.batch);
         count_ = height_ < a.height ? a.batch * (a.height / height_) : a.batch / samples;
     }
@@ -158,6 +159,7 @@ void run_tmsa(WindowAttention a, Linear qkv, Linear proj, const Kernels& k, int 
     const int64_t most = strips.tokens();
     const int64_t rounds = (strips.count() + threads - 1) / threads;
     const bool idle = 4 * strips.count() <= 3 * rounds * threads;  // a quarter of the threads
+    // Somewhat more than the second-level cache is still better than memory.
     if (idle || most < linear_block || 4 * most * row_size > 3 * resident) {
         Scratch packed, out;
         qkv.y = packed.reserve(3 * rows * row_size);
@@ -289,7 +291,8 @@ void block(const DiffiTBlock& b, int threads) {
     qkv.k = proj.k = proj.n = dim;
     qkv.n = 3 * dim;
     qkv.dtype = qkv.y_dtype = proj.dtype = proj.y_dtype = a.dtype;
-    qkv.norm_eps = b.eps1;
+    constexpr float least = std::numeric_limits<float>::min();  // 0 would mean no norm
+    qkv.norm_eps = std::max(b.eps1, least);
     qkv.x = proj.residual = b.x;
     qkv.packed = weights[0].packed;
     proj.packed = weights[1].packed;
@@ -302,7 +305,7 @@ void block(const DiffiTBlock& b, int threads) {
     m.in_features = m.out_features = dim;
     m.hidden_features = b.hidden_features;
     m.dtype = m.y_dtype = a.dtype;
-    m.norm_eps = b.eps2;
+    m.norm_eps = std::max(b.eps2, least);
     m.x = m.residual = s;
     m.fc1_bias = b.fc1_bias;
     m.fc2_bias = b.fc2_bias;

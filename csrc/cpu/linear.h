@@ -294,7 +294,8 @@ struct LinearKernel {
                     const int first = step * rows_of_step, last = std::min(first + rows_of_step, N);
                     for (int r = first; r < last && (!split || block.last); ++r) {
                         const int64_t at = (block.row + r) * p.n + block.column;
-                        if (!activate) prefetch_row<1>(static_cast<Y*>(p.y) + at, N);  // else it is near
+                        // The hidden layer of an MLP is near.
+                        if (!activate) prefetch_row<1>(static_cast<Y*>(p.y) + at, N);
                         if (p.product) prefetch_row<1>(static_cast<T*>(p.product) + at, N);
                     }
                     if (before.sums) finish<activate, Y>(p, before, first, last);

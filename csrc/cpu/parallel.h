@@ -18,7 +18,7 @@ const Kernels& kernels(DType dtype);
 // queries or of keys; one row of zeros without a table. The memory is kept by the calling thread.
 void expand_bias(WindowAttention& p, bool of_queries, int threads);
 
-// Grows, and is kept by its thread from call to call.
+// Grows; where it is thread_local, it is kept from call to call.
 class Scratch {
 public:
     char* reserve(size_t bytes) {

@@ -10,7 +10,7 @@ namespace diffit {
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// Bytes that stay in the second-level cache.
+// Half of the second-level cache of processors with AMX.
 constexpr int64_t resident = 1 << 20;
 
 // Windowed attention with a relative position bias; see diffit_kernels/reference.
@@ -35,7 +35,7 @@ struct WindowAttention {
     float* grad_table;  // as table, or null
     float *grad_q_row, *grad_v_row;  // (B, C), or null
 
-    // Filled in by the dispatcher.
+    // Filled in by attention.cpp and layers.cpp.
     const float* bias;       // expanded bias, see expand_bias
     int64_t bias_stride;     // from head to head
     double* grad_table_part;  // (chunks, heads, table rows), or null
@@ -100,8 +100,7 @@ struct SkinnyLinear {
     const void* biases[2];   // (n,) or null
     void* y;                 // (rows, n)
 
-    int64_t chunk;  // columns in one item of work
-    int64_t chunks() const { return (n + chunk - 1) / chunk; }
+    int64_t chunk;  // columns in one item of work, a divisor of n
 };
 
 // s = x + attention(norm(x) qkv_weight^T) proj_weight^T + proj_bias, y = s + mlp(norm(s)). The rows of
@@ -189,8 +188,8 @@ inline size_t norm_scratch(const Linear& p, int64_t rows) {
     return (rows * size_of(p.dtype) + norm_rows * sizeof(float)) * p.k;
 }
 
-// Of an item of so many rows: two blocks of sums, the norm of x, and of floats a block
-// of k of x, packed, and the sums of the blocks before.
+// Of an item of so many rows: two blocks of sums, the norm of x, and of floats a block of k of x,
+// packed, and the sums of the blocks before.
 inline size_t linear_scratch(const Linear& p, int64_t rows) {
     size_t bytes = 2 * linear_block * linear_block * sizeof(float) + norm_scratch(p, rows);
     if (p.dtype != DType::float32) return bytes;

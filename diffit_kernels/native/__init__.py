@@ -44,6 +44,9 @@ _LINEAR_BLOCK = 32
 _LEAST_ROWS = {torch.float32: 512, torch.bfloat16: 32}
 _LARGEST_WEIGHT = {torch.float32: 2**20, torch.bfloat16: math.inf}
 
+# The most time tokens that a block multiplies by a kernel of its own.
+_FEW_ROWS = 16
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -369,7 +372,9 @@ def block(
     eps: tuple[float, float],
 ) -> Tensor:
     """A block in inference whose layers ``has_product``; ``weights`` as the operator takes them."""
-    _, qkv_bias, *_ = weights
+    _, qkv_bias, temb_weight, temb_bias, *_ = weights
+    if temb is not None and temb_weight is not None and problem.batch > _FEW_ROWS:
+        row, temb = linear(temb, temb_weight, temb_bias), None
     if temb is None and qkv_bias is not None:
         row = qkv_bias.expand(problem.batch, -1) if row is None else row + qkv_bias
     q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)

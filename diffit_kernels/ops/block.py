@@ -2,7 +2,8 @@
 
 Norms are taken in the products that follow them and sums in those before, and a thread takes a part
 of the tokens through attention and the products around it at once. What lies between is not kept:
-where gradients are asked for, the operators of the layers run.
+where gradients are asked for, the operators of the layers run. They also do where there are no such
+kernels.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from diffit_kernels import dispatch, native
 from diffit_kernels.ops import autocast, transforms
-from diffit_kernels.ops.mlp import mlp_flops
+from diffit_kernels.ops.add_layer_norm import add_layer_norm
+from diffit_kernels.ops.layer_norm import layer_norm
+from diffit_kernels.ops.mlp import mlp, mlp_flops
 from diffit_kernels.ops.registration import operator
-from diffit_kernels.ops.tmsa import check_tmsa
-from diffit_kernels.ops.window_attention import as_grid, as_table, attention_flops
+from diffit_kernels.ops.tmsa import check_tmsa, tmsa
+from diffit_kernels.ops.window_attention import as_grid, as_pair, as_table, attention_flops
 from diffit_kernels.problem import (
     AddLayerNormProblem,
     Described,
@@ -31,19 +34,31 @@ from diffit_kernels.problem import (
 )
 
 
-def is_fused(x: Tensor, num_heads: int, window_size: tuple[int, int], hidden_features: int) -> bool:
-    """Whether ``block`` takes tokens x (B, L, C) in a block of these sizes, as things are."""
-    if x.device.type != "cpu" or x.dim() != 3 or torch.is_grad_enabled():
-        return False
-    # Compilers know neither this processor nor the rows.
-    if torch.compiler.is_compiling() or transforms.are_active() or autocast.is_active(x):
-        return False
-    if not dispatch.runs_native("cpu"):
-        return False
-    batch, tokens, dim = x.shape
+def is_fused(
+    x: Tensor, num_heads: int, window_size: int | tuple[int, int], hidden_features: int
+) -> bool:
+    """Whether ``block`` is one call for tokens x (B, L, C) and these sizes, as things are."""
     return (
-        _missing(x.dtype, batch * tokens, dim, hidden_features) is None
-        and native.supports_window(dim // num_heads, window_size) is None
+        x.dim() == 3
+        and not torch.is_grad_enabled()
+        # Compilers know neither this processor nor the rows.
+        and not torch.compiler.is_compiling()
+        and not transforms.are_active()
+        and not autocast.is_active(x)
+        and _has_kernels(x, num_heads, window_size, hidden_features)
+    )
+
+
+def _has_kernels(
+    x: Tensor, num_heads: int, window_size: int | Sequence[int], hidden_features: int
+) -> bool:
+    batch, tokens, dim = x.shape
+    window = as_pair("window_size", window_size)
+    return (
+        dispatch.runs_native(x.device.type)
+        and native.has_product(x.dtype, batch * tokens, dim, 3 * dim)
+        and native.has_product(x.dtype, batch * tokens, dim, hidden_features, dim)
+        and native.supports_window(dim // num_heads, window) is None
     )
 
 
@@ -64,9 +79,9 @@ def block(
     fc2_bias: Tensor,
     *,
     num_heads: int,
-    window_size: tuple[int, int],
+    window_size: int | tuple[int, int],
     grid_size: tuple[int, int] | None,
-    scale: float,
+    scale: float | None,
     eps: tuple[float, float],
 ) -> Tensor:
     """``s + mlp(layer_norm(s))`` with ``s = x + tmsa(layer_norm(x), temb or row)``.
@@ -75,9 +90,9 @@ def block(
     of the two norms.
 
     Raises:
-        TypeError, ValueError: as in ``tmsa``.
-        RuntimeError: ``is_fused`` is false for these sizes.
+        TypeError, ValueError, RuntimeError: as in ``tmsa`` and ``mlp``.
     """
+    window = as_pair("window_size", window_size)
     return _forward(
         x,
         temb,
@@ -94,9 +109,9 @@ def block(
         fc2_weight,
         fc2_bias,
         num_heads,
-        window_size,
-        as_grid(grid_size, x.shape[1], window_size),
-        scale,
+        window,
+        as_grid(grid_size, x.shape[1], window),
+        (x.shape[2] // num_heads) ** -0.5 if scale is None else scale,
         *eps,
     )
 
@@ -134,11 +149,23 @@ def _forward(
         qkv, rel_pos_table, None, None, num_heads, window_size, grid_size, scale
     )
     hidden_features = fc1_weight.shape[0]
-    reason = native.unavailable() or native.supports(problem)
-    if reason := reason or _missing(x.dtype, batch * tokens, dim, hidden_features):
-        raise RuntimeError(f"diffit::block cannot run this call: {reason}")
-    weights = (*projections[:4], rel_pos_table, *projections[4:], *perceptron)
-    return native.block(problem, x, temb, row, weights, hidden_features, scale, (eps1, eps2))
+    if _has_kernels(x, num_heads, window_size, hidden_features):
+        weights = (*projections[:4], rel_pos_table, *projections[4:], *perceptron)
+        return native.block(problem, x, temb, row, weights, hidden_features, scale, (eps1, eps2))
+    attention = tmsa(
+        layer_norm(x, eps1),
+        temb,
+        *projections[:4],
+        rel_pos_table,
+        *projections[4:],
+        num_heads=num_heads,
+        window_size=problem.window_size,
+        grid_size=problem.grid_size,
+        scale=scale,
+        row=row,
+    )
+    s, normed = add_layer_norm(x, attention, eps2)
+    return mlp(normed, *perceptron, s)
 
 
 @_forward.register_fake
@@ -169,14 +196,6 @@ def _check(
             require_shape(name, tensor, (x.shape[0], tensor.shape[1]))
     for eps in (eps1, eps2):
         AddLayerNormProblem.of_norm(x, x.dtype, eps)
-
-
-def _missing(dtype: torch.dtype, rows: int, dim: int, hidden_features: int) -> str | None:
-    """What there are no kernels for, or None."""
-    for features in ((dim, 3 * dim), (dim, hidden_features, dim)):
-        if not native.has_product(dtype, rows, *features):
-            return f"there are no products of {rows} rows, {features} features and {dtype}"
-    return None
 
 
 @register_flop_formula(torch.ops.diffit.block)

@@ -72,11 +72,14 @@ class Case:
 CASES = [
     Case(3, (16, 32), (4, 8), 64, 2),  # a row of windows in a part
     Case(2, (32, 8), (2, 4), 96, 4, temb_dim=19),  # some rows of windows of a sample
-    Case(9, (4, 4), (2, 2), 32, 1, temb_dim=7, qkv_bias=False),  # some samples
+    Case(25, (4, 4), (2, 2), 32, 1),  # eight and nine samples
+    Case(9, (4, 4), (2, 2), 32, 1, temb_dim=7, qkv_bias=False),  # all samples
     Case(5, (3, 11), (3, 11), 64, 8, rel_pos_bias=False),  # rows of a product left over
-    Case(2, (7, 7), (1, 7), 32, 2, temb_dim=None, mlp_ratio=1),  # windows on parts too small
-    Case(1, (16, 16), (16, 16), 64, 1, temb_dim=None, qkv_bias=False),  # as layers
-    Case(1, (10, 26), (5, 13), 544, 17, mlp_ratio=2),  # long sums, too much for one thread
+    Case(2, (7, 7), (1, 7), 32, 2, temb_dim=None, mlp_ratio=1),
+    Case(1, (16, 16), (16, 16), 64, 1, temb_dim=None, qkv_bias=False),
+    Case(1, (10, 26), (5, 13), 544, 17, mlp_ratio=2),  # long sums
+    Case(2, (17, 8), (1, 8), 32, 1),  # parts would be too small
+    Case(1, (27, 27), (27, 27), 576, 18, mlp_ratio=1),  # and too large
 ]
 
 
@@ -177,6 +180,14 @@ def _attend_elsewhere(block: DiffiTBlock, inputs: dict[str, Any]) -> None:
     block.attn.__class__ = Other
 
 
+def _norm_twice(block: DiffiTBlock, inputs: dict[str, Any]) -> None:
+    class Other(DiffiTBlock):
+        def normed(self, x: Tensor) -> Tensor:
+            return super().normed(super().normed(x))
+
+    block.__class__ = Other
+
+
 CHANGES: dict[str, Callable[[DiffiTBlock, dict[str, Any]], object]] = {
     "a hook on attention": lambda block, _: block.attn.register_forward_hook(lambda *_: None),
     "a hook on the mlp": lambda block, _: block.mlp.register_forward_pre_hook(lambda *_: None),
@@ -185,6 +196,7 @@ CHANGES: dict[str, Callable[[DiffiTBlock, dict[str, Any]], object]] = {
     ),
     "a forward of its own": lambda block, _: setattr(block.mlp, "forward", block.mlp.forward),
     "attention of another class": _attend_elsewhere,
+    "a block of another class": _norm_twice,
     "a norm with parameters": lambda block, _: setattr(block, "norm2", nn.LayerNorm(64)),
     "an active dropout": lambda block, _: setattr(block.mlp.drop, "p", 1e-9),
     "no bias": lambda block, _: setattr(block.mlp.fc2, "bias", None),
@@ -302,18 +314,6 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception], str]
     "window": (lambda a: a.update(window_size=(3, 8)), ValueError, "window_size: expected"),
     "eps": (lambda a: a.update(eps2=0.0), ValueError, "eps: expected a positive"),
     "heads": (lambda a: a.update(num_heads=64), ValueError, "rel_pos_table: expected"),
-    "head width": (
-        lambda a: a.update(num_heads=16, rel_pos_table=None),
-        RuntimeError,
-        "head width 4",
-    ),
-    "few rows": (
-        lambda a: a.update(
-            x=a["x"][:, :8], grid_size=(1, 8), window_size=(1, 8), rel_pos_table=None
-        ),
-        RuntimeError,
-        "no products of 24 rows",
-    ),
 }
 
 
@@ -326,6 +326,43 @@ def test_wrong_calls(wrong: str) -> None:
     for _ in range(2):  # answers are remembered
         with pytest.raises(error, match=message):
             BLOCK(**call)
+
+
+def _other_heads(call: dict[str, Any]) -> None:
+    call.update(num_heads=16, rel_pos_table=None)
+
+
+def _few_rows(call: dict[str, Any]) -> None:
+    call.update(x=call["x"][:, :8], grid_size=(1, 8), window_size=(1, 8), rel_pos_table=None)
+
+
+@pytest.mark.parametrize("change", [_other_heads, _few_rows, lambda call: None])
+def test_without_kernels_the_operators_of_the_layers_run(
+    change: Callable[[dict[str, Any]], None],
+) -> None:
+    call = arguments(CASES[0], torch.float32)
+    change(call)
+    with patch.object(native, "block", wraps=native.block) as kernel, dk.use_backend("reference"):
+        expected = BLOCK(**call)
+    assert not kernel.called
+    torch.testing.assert_close(BLOCK(**call), expected)
+
+
+def test_hidden_features_are_those_of_the_weights() -> None:
+    """As after pruning."""
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    for count in (100, 96):  # without a kernel, and with one
+        fc1.weight, fc1.bias = (nn.Parameter(p[:count]) for p in (fc1.weight, fc1.bias))
+        fc2.weight = nn.Parameter(fc2.weight[:, :count])
+        assert runs_at_once(block, inputs) == (count == 96)
+
+
+def test_classes_may_be_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
+    assert runs_at_once(block, inputs)
+    monkeypatch.setattr(TMSA, "forward", lambda self, x, *args, **options: x)
+    assert not runs_at_once(block, inputs)
 
 
 def test_a_gradient_is_refused() -> None:
