@@ -32,14 +32,6 @@ struct AddLayerNormKernel {
         for (int i = 0; i < N; ++i) out[i] = sum_of_lanes(total[i]);
     }
 
-    // Calls each(column, lanes) for the vectors of a row.
-    template <class Each>
-    static void over(int64_t features, const Each& each) {
-        int64_t c = 0;
-        for (; c + W <= features; c += W) each(c, W);
-        if (c < features) each(c, static_cast<int>(features - c));
-    }
-
     // The lanes of a vector that are in the row; lanes past it must not count as deviations.
     static vf valid(vf x, int n) {
         if (n == W) return x;

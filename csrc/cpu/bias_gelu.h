@@ -42,13 +42,6 @@ inline vf gelu(vf x) {
 
 template <class T>
 struct BiasGeluKernel {
-    template <class Each>
-    static void over(int64_t features, const Each& each) {
-        int64_t c = 0;
-        for (; c + W <= features; c += W) each(c, W);
-        if (c < features) each(c, static_cast<int>(features - c));
-    }
-
     static void forward(const BiasGelu& p, int64_t item) {
         const T* bias = static_cast<const T*>(p.bias);
         for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {

@@ -16,14 +16,6 @@ struct SkinnyLinearKernel {
         return p.rows * (round_up(p.k, W) + p.chunk) * sizeof(float);
     }
 
-    // Calls each(first, lanes) for the vectors of a row.
-    template <class Each>
-    static void over(int64_t count, const Each& each) {
-        int64_t c = 0;
-        for (; c + W <= count; c += W) each(c, W);
-        if (c < count) each(c, static_cast<int>(count - c));
-    }
-
     // out[r][c] = sum of x[r] w[c] for `rows` rows of x, in floats, and `tile` columns.
     template <int rows>
     static void product(const float* x, int64_t x_stride, const T* w, int64_t k, float* out,

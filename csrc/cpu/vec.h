@@ -209,6 +209,14 @@ inline void store(T* p, vf x, int n) {
 
 #endif
 
+// Calls each(first, lanes) for the vectors of a row.
+template <class Each>
+inline void over(int64_t count, const Each& each) {
+    int64_t c = 0;
+    for (; c + W <= count; c += W) each(c, W);
+    if (c < count) each(c, static_cast<int>(count - c));
+}
+
 // out[c] = scale * (x[c] + add[c]) for c < d, a multiple of 8.
 template <class T, class U>
 inline void convert_row(U* out, const T* x, const float* add, float scale, int d) {

@@ -120,7 +120,7 @@ class DiffiTBlock(nn.Module):
         """The result by one operator, or None where layers are to be called or none takes them."""
         attn, perceptron = self.attn, self.mlp
         if (
-            torch.compiler.is_compiling()
+            torch.compiler.is_compiling()  # compilers know neither this processor nor the rows
             or (type(self), type(attn), type(perceptron)) != (DiffiTBlock, TMSA, MLP)
             or (TMSA.forward, MLP.forward) != _FORWARDS
         ):

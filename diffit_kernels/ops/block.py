@@ -41,8 +41,6 @@ def is_fused(
     return (
         x.dim() == 3
         and not torch.is_grad_enabled()
-        # Compilers know neither this processor nor the rows.
-        and not torch.compiler.is_compiling()
         and not transforms.are_active()
         and not autocast.is_active(x)
         and _has_kernels(x, num_heads, window_size, hidden_features)

@@ -21,9 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 BLOCK = torch.ops.diffit.block
 
 
-@pytest.fixture(autouse=True)
-def fastest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As users have them; elsewhere there is no such operator."""
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of linear layers; elsewhere the operators of the layers run."""
     monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
     if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
         pytest.skip("no faster products than PyTorch's for this processor")
@@ -94,6 +94,7 @@ def runs_at_once(block: nn.Module, inputs: dict[str, Any], call: Callable[..., A
     return kernel.called
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -111,6 +112,7 @@ def test_the_numeric_rule(
     assert_numeric_rule({"y": got}, {"y": plain}, {"y": run(block.double(), exact)})
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_threads_do_not_change_a_bit(
@@ -124,6 +126,7 @@ def test_threads_do_not_change_a_bit(
         assert torch.equal(run(block, inputs), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_a_row_in_place_of_the_token(case: Case) -> None:
     block, inputs = case.block(torch.float32), case.inputs(torch.float32)
@@ -134,6 +137,7 @@ def test_a_row_in_place_of_the_token(case: Case) -> None:
     torch.testing.assert_close(run(block, by_row), run(block, inputs))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_norms_have_their_own_eps() -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     block.norm1.eps, block.norm2.eps = 0.5, 8.0
@@ -143,6 +147,7 @@ def test_norms_have_their_own_eps() -> None:
     torch.testing.assert_close(run(block, inputs), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_inputs(dtype: torch.dtype) -> None:
     block, inputs = CASES[0].block(dtype), CASES[0].inputs(dtype)
@@ -155,6 +160,7 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
     assert torch.equal(run(block, inputs), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_what_is_not_finite_stays_in_its_window(value: float, dtype: torch.dtype) -> None:
@@ -211,6 +217,7 @@ CHANGES: dict[str, Callable[[DiffiTBlock, dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_takes_the_operators_of_the_layers(change: str) -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
@@ -219,6 +226,7 @@ def test_what_takes_the_operators_of_the_layers(change: str) -> None:
     assert not runs_at_once(block, inputs)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_hooks_on_all_modules_run() -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     seen = []
@@ -230,6 +238,7 @@ def test_hooks_on_all_modules_run() -> None:
     assert {block.attn, block.mlp, block} <= set(seen)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gradients_and_autocast_take_the_operators_of_the_layers() -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     assert runs_at_once(block, inputs)
@@ -348,6 +357,7 @@ def test_without_kernels_the_operators_of_the_layers_run(
     torch.testing.assert_close(BLOCK(**call), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_hidden_features_are_those_of_the_weights() -> None:
     """As after pruning."""
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
@@ -358,6 +368,7 @@ def test_hidden_features_are_those_of_the_weights() -> None:
         assert runs_at_once(block, inputs) == (count == 96)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_classes_may_be_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     assert runs_at_once(block, inputs)
