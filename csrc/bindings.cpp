@@ -121,6 +121,23 @@ void linear(const LinearShape& shape, Address x, Address weight, Address bias, A
     diffit::linear(p, w, static_cast<int>(shape[5]));
 }
 
+// rows, in_features, out_features, dtype, threads
+using WeightShape = std::array<int64_t, 5>;
+
+void weight_gradient(const WeightShape& shape, Address grad_y, Address x, Address grad_weight,
+                     Address grad_bias) {
+    diffit::WeightGradient g{};
+    g.rows = shape[0];
+    g.k = shape[1];
+    g.n = shape[2];
+    g.dtype = static_cast<diffit::DType>(shape[3]);
+    g.grad_y = pointer<void>(grad_y);
+    g.x = pointer<void>(x);
+    g.grad_weight = pointer<void>(grad_weight);
+    g.grad_bias = pointer<float>(grad_bias);
+    diffit::weight_gradient(g, static_cast<int>(shape[4]));
+}
+
 // rows, in_features, hidden_features, out_features, dtype, dtype of y, threads
 using MLPShape = std::array<int64_t, 7>;
 
@@ -226,6 +243,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("has_linear",
           [](int dtype) { return diffit::has_linear(static_cast<diffit::DType>(dtype)); });
     m.def("linear", linear, release);
+    m.def("weight_gradient", weight_gradient, release);
     m.def("mlp", mlp, release);
     m.def("block", block, release);
     m.def("add_layer_norm", add_layer_norm, release);

@@ -47,3 +47,8 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if not are_slow(a.dtype, a.device.type):
         return torch.mm(a, b)
     return torch.mm(a.float(), b.float()).to(a.dtype)
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``grad_y^T x`` and the sum of grad_y's rows: (rows, N), (rows, K) -> (N, K), (N,)."""
+    return mm(grad_y.t(), x), grad_y.sum(dim=0)

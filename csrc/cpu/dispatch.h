@@ -21,6 +21,7 @@ void bias_gelu_backward(BiasGelu problem, int threads);
 // Whether there are kernels of linear layers for this dtype.
 bool has_linear(DType dtype);
 void linear(Linear problem, Weight weight, int threads);
+void weight_gradient(WeightGradient problem, int threads);
 void mlp(const MLP& problem, int threads);
 void block(const DiffiTBlock& problem, int threads);
 void add_layer_norm(AddLayerNorm problem, int threads);

@@ -9,6 +9,7 @@
 #include "bias_gelu.h"
 #include "linear.h"
 #include "skinny_linear.h"
+#include "weight_gradient.h"
 #include "window_attention.h"
 #include "window_attention_backward.h"
 
@@ -55,6 +56,9 @@ constexpr Kernels kernels_of() {
             nullptr,
             nullptr,
             nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
             nullptr};
 }
 
@@ -66,6 +70,9 @@ constexpr Kernels with_linear(Kernels kernels) {
     kernels.pack = LinearKernel<T>::pack;
     kernels.linear = LinearKernel<T>::run;
     kernels.mlp = LinearKernel<T>::mlp;
+    kernels.weight_gradient_scratch = WeightGradientKernel<T>::scratch;
+    kernels.weight_gradient = WeightGradientKernel<T>::run;
+    kernels.sum_parts = WeightGradientKernel<T>::sum_parts;
     kernels.skinny_scratch = SkinnyLinearKernel<T>::scratch;
     kernels.skinny_linear = SkinnyLinearKernel<T>::run;
 #endif

@@ -240,6 +240,36 @@ void linear(Linear p, Weight w, int threads) {
     run_linear(p, k, threads);
 }
 
+void weight_gradient(WeightGradient g, int threads) {
+    const Kernels& k = kernels(g.dtype);
+    const auto parts = [](int64_t size, int64_t most) { return (size + most - 1) / most; };
+    const bool floats = g.dtype == DType::float32;
+    // What is packed, and the rectangle of the weight, are about as large as the second-level cache.
+    const int64_t most = floats ? 256 : g.rows <= 1024 ? 1024 : 512;
+    g.chunk = std::min(g.rows, most);
+    g.n_parts = parts(g.n, 576);
+    g.k_parts = parts(g.k, 1152);
+    // Rows are cut by sizes alone: threads would change the numbers.
+    g.row_parts = std::clamp<int64_t>(std::min(8 / (g.n_parts * g.k_parts), g.rows / 1024), 1, 8);
+    const int64_t wanted = parts(2 * threads, g.k_parts * g.row_parts);
+    g.n_parts = std::max(g.n_parts, std::min(wanted, g.n / (2 * linear_block)));
+
+    const bool whole = g.row_parts == 1 && (floats || g.rows <= g.chunk);
+    Scratch sums, bias_sums;
+    g.sum_dtype = whole ? g.dtype : DType::float32;
+    g.sums = whole ? g.grad_weight : sums.reserve(g.row_parts * g.n * g.k * sizeof(float));
+    g.bias_sums = reinterpret_cast<double*>(bias_sums.reserve(g.row_parts * g.n * sizeof(double)));
+    for_each_item(k, g.row_parts * g.n_parts * g.k_parts, k.weight_gradient_scratch(g), 0, threads,
+                  [&](int64_t item, char* scratch) { k.weight_gradient(g, item, scratch); });
+    for (int64_t c = 0; c < g.n; ++c) {
+        double sum = 0;
+        for (int64_t part = 0; part < g.row_parts; ++part) sum += g.bias_sums[part * g.n + c];
+        g.grad_bias[c] = static_cast<float>(sum);
+    }
+    if (!whole)
+        for_each_item(k, g.n, 0, 0, threads, [&](int64_t row, char*) { k.sum_parts(g, row); });
+}
+
 void mlp(const MLP& m, int threads) {
     const Kernels& k = kernels(m.dtype);
     Weight weights[] = {{m.hidden_features, m.in_features, m.fc1_weight, false, nullptr},

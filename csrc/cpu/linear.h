@@ -40,24 +40,26 @@ struct LinearKernel {
         part[2] = rest - part[1];
     }
 
-    // Columns N panel and on as B: in every step, for every part, two tiles of (16 pairs of k, 16
-    // columns).
+    // Columns N panel and on as B.
     static void pack(const Weight& w, int64_t panel) {
         uint16_t* out = static_cast<uint16_t*>(w.packed) + panel * (w.k / N) * step_size;
-        for (int64_t k = 0; k < w.k; k += N, out += step_size) {
-            for (int half = 0; half < 2; ++half) {
-                const int64_t n = panel * N + half * W;
-                const int64_t first = w.transposed ? k * w.n + n : n * w.k + k;
-                pack_tile(static_cast<const T*>(w.data) + first, w,
-                          reinterpret_cast<uint32_t*>(out + half * tile));
-            }
+        for (int64_t k = 0; k < w.k; k += N, out += step_size) pack_step(w, panel, k, out);
+    }
+
+    // A step: for every part two tiles of (16 pairs of k, 16 columns).
+    static void pack_step(const Weight& w, int64_t panel, int64_t k, uint16_t* out) {
+        for (int half = 0; half < 2; ++half) {
+            const int64_t n = panel * N + half * W;
+            const int64_t first = w.transposed ? k * w.n + n : n * w.k + k;
+            pack_tile(static_cast<const T*>(w.data) + first, w,
+                      reinterpret_cast<uint32_t*>(out + half * tile));
         }
     }
 
     // Inlined, or it would be compiled for any number of rows and columns.
-    __attribute__((flatten)) static void transpose_tile(const void* data, int64_t stride,
-                                                        void* out) {
-        transpose(data, stride, out, W, W, W);
+    __attribute__((flatten)) static void transpose_tile(const void* data, int64_t stride, void* out,
+                                                        int64_t out_stride = W) {
+        transpose(data, stride, out, out_stride, W, W);
     }
 
     static void pack_tile(const bf16* data, const Weight& w, uint32_t* out) {
@@ -68,12 +70,17 @@ struct LinearKernel {
 
     static void pack_tile(const float* data, const Weight& w, uint32_t* out) {
         float columns[N * W];
-        transpose_tile(data, w.k, columns);
-        transpose_tile(data + W, w.k, columns + W * W);
+        int64_t stride = w.n;
+        if (!w.transposed) {
+            transpose_tile(data, w.k, columns);
+            transpose_tile(data + W, w.k, columns + W * W);
+            data = columns;
+            stride = W;
+        }
         for (int pair = 0; pair < W; ++pair) {
             vf even[3], odd[3];
-            split_up(load(columns + 2 * pair * W), even);
-            split_up(load(columns + (2 * pair + 1) * W), odd);
+            split_up(load(data + 2 * pair * stride), even);
+            split_up(load(data + (2 * pair + 1) * stride), odd);
             for (int i = 0; i < 3; ++i) {
                 const vu both = ((vu)even[i] >> 16) | ((vu)odd[i] & 0xffff0000u);
                 store(reinterpret_cast<float*>(out + i * tile + pair * W), (vf)both);

@@ -59,7 +59,7 @@ constexpr int linear_block = 32;
 struct Weight {
     int64_t n, k;
     const void* data;  // (n, k), or if transposed (k, n)
-    bool transposed;   // of bfloat16 alone
+    bool transposed;
     void* packed;  // n k numbers of packed_size
     int64_t panels() const { return n / linear_block; }
 };
@@ -80,6 +80,21 @@ struct Linear {
     void* y;               // (rows, n) in y_dtype
 
     int64_t row_blocks, column_blocks;  // into which it is cut
+};
+
+// grad_weight = grad_y^T x, and the sum of grad_y's rows.
+struct WeightGradient {
+    int64_t rows, n, k;  // multiples of linear_block
+    DType dtype;
+    const void *grad_y, *x;  // (rows, n), (rows, k)
+    void* grad_weight;       // (n, k)
+    float* grad_bias;        // (n,)
+
+    int64_t row_parts, n_parts, k_parts;  // into which it is cut
+    int64_t chunk;                        // rows of a part that are packed at once
+    DType sum_dtype;
+    void* sums;         // (row_parts, n, k) in sum_dtype
+    double* bias_sums;  // (row_parts, n)
 };
 
 // y = gelu(x w1^T + b1) w2^T + b2 + residual, all but residual and y in dtype; norm_eps as of Linear.
@@ -167,6 +182,9 @@ struct Kernels {
     void (*pack)(const Weight&, int64_t panel);
     void (*linear)(const Linear&, int64_t item, char* scratch);
     void (*mlp)(const Linear& fc1, const Linear& fc2, int64_t item, char* scratch);
+    size_t (*weight_gradient_scratch)(const WeightGradient&);
+    void (*weight_gradient)(const WeightGradient&, int64_t item, char* scratch);
+    void (*sum_parts)(const WeightGradient&, int64_t row);
     size_t (*skinny_scratch)(const SkinnyLinear&);
     void (*skinny_linear)(const SkinnyLinear&, int64_t item, char* scratch);
 };

@@ -142,11 +142,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a b``, in their dtype."""
-    # In float32 the kernel gains too little here, and does not take it.
-    ours = a.dtype == torch.bfloat16 and has_product(a.dtype, a.shape[0], *b.shape)
-    if ours and a.is_contiguous() and b.is_contiguous():
-        return _linear(a, b, None, b.shape[1], transposed=True)
+    if has_product(a.dtype, a.shape[0], *b.shape):
+        return _linear(a, b.contiguous(), None, b.shape[1], transposed=True)
     return products.mm(a, b)
+
+
+def has_weight_gradient(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether there is a kernel of the gradient of a weight for so many rows and features."""
+    if dtype not in _LEAST_ROWS or not _module.has_linear(_DTYPES[dtype]):
+        return False
+    return all(size % _LINEAR_BLOCK == 0 for size in sizes)
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``grad_y^T x`` and the sum of grad_y's rows: (rows, N), (rows, K) -> (N, K), (N,)."""
+    (rows, columns), features = grad_y.shape, x.shape[1]
+    if not has_weight_gradient(x.dtype, rows, columns, features):
+        return products.weight_gradient(grad_y, x)
+    grad_y, x = grad_y.contiguous(), x.contiguous()
+    grad_weight = x.new_empty(columns, features)
+    grad_bias = torch.empty(columns, dtype=torch.float32)
+    _module.weight_gradient(
+        (rows, features, columns, _DTYPES[x.dtype], torch.get_num_threads()),
+        grad_y.data_ptr(),
+        x.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+    )
+    return grad_weight, grad_bias.to(x.dtype)
 
 
 def _linear(
@@ -337,7 +360,7 @@ def mlp_backward(
     x_rows = x.reshape(problem.rows, -1)
     grad_rows = grad_y.reshape(problem.rows, -1)
     hidden = hidden.contiguous()
-    grad_hidden = mm(grad_rows.contiguous(), fc2_weight).contiguous()
+    grad_hidden = mm(grad_rows, fc2_weight).contiguous()
     bias = fc1_bias.contiguous()
     activation = torch.empty_like(hidden)
     grad_fc1_bias = torch.empty(problem.hidden_features, dtype=torch.float32)
@@ -352,13 +375,9 @@ def mlp_backward(
     grad_x = mm(grad_hidden, fc1_weight).reshape(x.shape)
     if not weights:
         return (grad_x,)
-    return (
-        grad_x,
-        mm(grad_hidden.t(), x_rows),
-        grad_fc1_bias.to(x.dtype),
-        mm(grad_rows.t(), activation),
-        grad_rows.sum(dim=0),
-    )
+    grad_fc1_weight, _ = weight_gradient(grad_hidden, x_rows)
+    grad_fc2_weight, grad_fc2_bias = weight_gradient(grad_rows, activation)
+    return grad_x, grad_fc1_weight, grad_fc1_bias.to(x.dtype), grad_fc2_weight, grad_fc2_bias
 
 
 def block(

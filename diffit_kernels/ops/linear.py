@@ -38,9 +38,14 @@ def _is_ours(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():  # compilers know neither this processor nor the rows
         return dtype == torch.bfloat16
-    features, columns = weight.shape[1], weight.shape[0]
+    if not dispatch.runs_native("cpu"):
+        return False
+    columns, features = weight.shape
     rows = x.numel() // max(x.shape[-1], 1)
-    return dispatch.runs_native("cpu") and native.has_product(dtype, rows, features, columns)
+    if native.has_product(dtype, rows, features, columns):
+        return True
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    return trained and native.has_weight_gradient(dtype, rows, features, columns)
 
 
 @operator("linear")
@@ -63,12 +68,11 @@ def _backward(
     """Gradients of x, weight and bias. Without ``weights`` all but the first have no elements."""
     _check_backward(grad_y, x, weight)
     rows = grad_y.reshape(-1, grad_y.shape[-1])
-    mm = _products().mm
     with autocast.disabled(x):
-        grad_x = mm(rows, weight).view(x.shape)
+        grad_x = _products().mm(rows, weight).view(x.shape)
         if not weights:
             return grad_x, x.new_empty(0), x.new_empty(0)
-        return grad_x, mm(rows.t(), x.reshape(-1, x.shape[-1])), rows.sum(dim=0)
+        return grad_x, *_products().weight_gradient(rows, x.reshape(-1, x.shape[-1]))
 
 
 @_backward.register_fake
@@ -99,7 +103,7 @@ def _check_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def _products() -> Any:
-    """The module whose ``linear`` and ``mm`` are used."""
+    """The module whose ``linear``, ``mm`` and ``weight_gradient`` are used."""
     return native if dispatch.runs_native("cpu") else products
 
 

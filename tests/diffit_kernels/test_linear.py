@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
-from diffit_kernels import native
+from diffit_kernels import native, products
 from diffit_kernels.ops.linear import linear
 from tests.backends import running_on
 from tests.cases import MLPCase
@@ -25,6 +25,17 @@ SHAPES = [
     (300, 32, 608),
     (1029, 64, 128),
     (64, 4608, 64),
+]
+# rows, in_features, out_features of a weight's gradient: one block, chunks of rows and what is left
+# of them, parts of rows, of columns and of features, a single chunk
+GRADIENTS = [
+    (32, 32, 32),
+    (288, 64, 96),
+    (1056, 32, 64),
+    (5184, 32, 96),
+    (64, 96, 1248),
+    (64, 1248, 32),
+    (1024, 160, 64),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 OPERATORS = (torch.ops.diffit.linear, torch.ops.diffit.linear_backward)
@@ -81,6 +92,37 @@ def test_the_numeric_rule(
     inputs = inputs_of(shape, 2, dtype=dtype)[: 3 if bias else 2]
     truth = outputs(functional.linear, *(tensor.double() for tensor in inputs))
     assert_numeric_rule(outputs(linear, *inputs), outputs(functional.linear, *inputs), truth)
+
+
+def gradients(
+    shape: tuple[int, int, int], dtype: torch.dtype, run: Callable[..., tuple[Tensor, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """The gradients of weight and bias by ``run``, by plain PyTorch and by float64."""
+    rows, _, columns = shape
+    x = inputs_of(shape, dtype=dtype)[0]
+    noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    grad_y = (x[:, :1] + noise).to(dtype)
+
+    def named(grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(("grad_weight", "grad_bias"), grads, strict=True))
+
+    return {
+        "got": named(run(grad_y, x)),
+        "plain": named(products.weight_gradient(grad_y, x)),
+        "truth": named(products.weight_gradient(grad_y.double(), x.double())),
+    }
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", GRADIENTS, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_numeric_rule_for_the_gradient_of_a_weight(
+    threads: Callable[[int], None], count: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    threads(count)
+    assert native.has_weight_gradient(dtype, *shape)
+    assert_numeric_rule(**gradients(shape, dtype, native.weight_gradient))
 
 
 @pytest.mark.sanitizer
@@ -140,6 +182,18 @@ def test_threads_do_not_change_a_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", GRADIENTS, ids=str)
+def test_threads_do_not_change_a_bit_of_the_gradient_of_a_weight(
+    threads: Callable[[int], None], shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    expected = gradients(shape, dtype, native.weight_gradient)["got"]
+    for count in (2, 3, 8):
+        threads(count)
+        got = gradients(shape, dtype, native.weight_gradient)["got"]
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_do_not_change_a_bit_of_the_mlp(
     threads: Callable[[int], None], dtype: torch.dtype
 ) -> None:
@@ -183,6 +237,16 @@ def test_float32_wants_rows_enough_and_small_weights(monkeypatch: pytest.MonkeyP
     x, weight, _ = inputs_of((512, 32, 96), dtype=torch.float32)
     assert calls(lambda: linear(x, weight))
     assert not calls(lambda: linear(x[1:], weight))
+
+
+def test_float32_takes_any_weight_whose_gradient_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x, weight, _ = inputs_of((64, 32, 96), dtype=torch.float32)
+    weight.requires_grad_()
+    assert calls(lambda: linear(x, weight).sum().backward()) == list(OPERATORS)
+    assert not calls(lambda: linear(x[:31], weight))
+    with torch.no_grad():
+        assert not calls(lambda: linear(x, weight))
 
 
 def test_the_backend_may_change_before_the_backward_pass() -> None:
