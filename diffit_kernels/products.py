@@ -49,6 +49,10 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float()).to(a.dtype)
 
 
-def weight_gradient(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``grad_y^T x`` and the sum of grad_y's rows: (rows, N), (rows, K) -> (N, K), (N,)."""
-    return mm(grad_y.t(), x), grad_y.sum(dim=0)
+def weight_gradient(grad_y: Tensor, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
+    """``grad_y^T x``, and unless without ``bias`` the sum of grad_y's rows.
+
+    (rows, N), (rows, K) -> (N, K), (N,)
+    """
+    grad_weight = mm(grad_y.t(), x)
+    return (grad_weight, grad_y.sum(dim=0)) if bias else (grad_weight,)

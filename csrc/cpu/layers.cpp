@@ -251,8 +251,11 @@ void weight_gradient(WeightGradient g, int threads) {
     g.k_parts = parts(g.k, 1152);
     // Rows are cut by sizes alone: threads would change the numbers.
     g.row_parts = std::clamp<int64_t>(std::min(8 / (g.n_parts * g.k_parts), g.rows / 1024), 1, 8);
-    const int64_t wanted = parts(2 * threads, g.k_parts * g.row_parts);
-    g.n_parts = std::max(g.n_parts, std::min(wanted, g.n / (2 * linear_block)));
+    // Each part of one side packs all of the other.
+    int64_t& longer = g.n >= g.k ? g.n_parts : g.k_parts;
+    const int64_t others = g.row_parts * g.n_parts * g.k_parts / longer;
+    longer = std::max(longer, std::min(parts(2 * threads, others),
+                                       std::max(g.n, g.k) / (2 * linear_block)));
 
     const bool whole = g.row_parts == 1 && (floats || g.rows <= g.chunk);
     Scratch sums, bias_sums;
@@ -261,7 +264,7 @@ void weight_gradient(WeightGradient g, int threads) {
     g.bias_sums = reinterpret_cast<double*>(bias_sums.reserve(g.row_parts * g.n * sizeof(double)));
     for_each_item(k, g.row_parts * g.n_parts * g.k_parts, k.weight_gradient_scratch(g), 0, threads,
                   [&](int64_t item, char* scratch) { k.weight_gradient(g, item, scratch); });
-    for (int64_t c = 0; c < g.n; ++c) {
+    for (int64_t c = 0; g.grad_bias && c < g.n; ++c) {
         double sum = 0;
         for (int64_t part = 0; part < g.row_parts; ++part) sum += g.bias_sums[part * g.n + c];
         g.grad_bias[c] = static_cast<float>(sum);

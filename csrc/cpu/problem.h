@@ -88,7 +88,7 @@ struct WeightGradient {
     DType dtype;
     const void *grad_y, *x;  // (rows, n), (rows, k)
     void* grad_weight;       // (n, k)
-    float* grad_bias;        // (n,)
+    float* grad_bias;        // (n,) or null
 
     int64_t row_parts, n_parts, k_parts;  // into which it is cut
     int64_t chunk;                        // rows of a part that are packed at once

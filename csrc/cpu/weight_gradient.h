@@ -75,7 +75,7 @@ struct WeightGradientKernel : LinearKernel<T> {
             static_cast<char*>(p.sums) + (row_part * p.n + n) * p.k * size_of(p.sum_dtype);
         uint16_t* a = reinterpret_cast<uint16_t*>(scratch + 2 * N * N * sizeof(float));
         uint16_t* b = a + product.rows * p.chunk * parts;
-        double* bias_sums = k == 0 ? p.bias_sums + row_part * p.n + n : nullptr;
+        double* bias_sums = p.grad_bias && k == 0 ? p.bias_sums + row_part * p.n + n : nullptr;
         if (bias_sums) std::memset(bias_sums, 0, product.rows * sizeof(double));
         for (int64_t row = first(p.rows, p.row_parts, row_part); row < end_row; row += p.chunk) {
             const int64_t rows = std::min(p.chunk, end_row - row), steps = rows / N;

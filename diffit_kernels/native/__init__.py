@@ -154,22 +154,25 @@ def has_weight_gradient(dtype: torch.dtype, *sizes: int) -> bool:
     return all(size % _LINEAR_BLOCK == 0 for size in sizes)
 
 
-def weight_gradient(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``grad_y^T x`` and the sum of grad_y's rows: (rows, N), (rows, K) -> (N, K), (N,)."""
+def weight_gradient(grad_y: Tensor, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
+    """``grad_y^T x``, and unless without ``bias`` the sum of grad_y's rows.
+
+    (rows, N), (rows, K) -> (N, K), (N,)
+    """
     (rows, columns), features = grad_y.shape, x.shape[1]
     if not has_weight_gradient(x.dtype, rows, columns, features):
-        return products.weight_gradient(grad_y, x)
+        return products.weight_gradient(grad_y, x, bias)
     grad_y, x = grad_y.contiguous(), x.contiguous()
     grad_weight = x.new_empty(columns, features)
-    grad_bias = torch.empty(columns, dtype=torch.float32)
+    grad_bias = torch.empty(columns, dtype=torch.float32) if bias else None
     _module.weight_gradient(
         (rows, features, columns, _DTYPES[x.dtype], torch.get_num_threads()),
         grad_y.data_ptr(),
         x.data_ptr(),
         grad_weight.data_ptr(),
-        grad_bias.data_ptr(),
+        _pointer(grad_bias),
     )
-    return grad_weight, grad_bias.to(x.dtype)
+    return (grad_weight,) if grad_bias is None else (grad_weight, grad_bias.to(x.dtype))
 
 
 def _linear(
@@ -375,9 +378,9 @@ def mlp_backward(
     grad_x = mm(grad_hidden, fc1_weight).reshape(x.shape)
     if not weights:
         return (grad_x,)
-    grad_fc1_weight, _ = weight_gradient(grad_hidden, x_rows)
-    grad_fc2_weight, grad_fc2_bias = weight_gradient(grad_rows, activation)
-    return grad_x, grad_fc1_weight, grad_fc1_bias.to(x.dtype), grad_fc2_weight, grad_fc2_bias
+    (grad_fc1_weight,) = weight_gradient(grad_hidden, x_rows, bias=False)
+    grad_fc2 = weight_gradient(grad_rows, activation)
+    return grad_x, grad_fc1_weight, grad_fc1_bias.to(x.dtype), *grad_fc2
 
 
 def block(

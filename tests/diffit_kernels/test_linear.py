@@ -94,23 +94,12 @@ def test_the_numeric_rule(
     assert_numeric_rule(outputs(linear, *inputs), outputs(functional.linear, *inputs), truth)
 
 
-def gradients(
-    shape: tuple[int, int, int], dtype: torch.dtype, run: Callable[..., tuple[Tensor, Tensor]]
-) -> dict[str, dict[str, Tensor]]:
-    """The gradients of weight and bias by ``run``, by plain PyTorch and by float64."""
+def operands_of(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """grad_y, whose columns do not add up to nearly nothing, and x."""
     rows, _, columns = shape
     x = inputs_of(shape, dtype=dtype)[0]
     noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
-    grad_y = (x[:, :1] + noise).to(dtype)
-
-    def named(grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(("grad_weight", "grad_bias"), grads, strict=True))
-
-    return {
-        "got": named(run(grad_y, x)),
-        "plain": named(products.weight_gradient(grad_y, x)),
-        "truth": named(products.weight_gradient(grad_y.double(), x.double())),
-    }
+    return (x[:, :1] + noise).to(dtype), x
 
 
 @pytest.mark.sanitizer
@@ -121,8 +110,20 @@ def test_the_numeric_rule_for_the_gradient_of_a_weight(
     threads: Callable[[int], None], count: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     threads(count)
+    operands = operands_of(shape, dtype)
+    exact = (tensor.double() for tensor in operands)
+    got, plain, truth = (
+        dict(zip(("grad_weight", "grad_bias"), grads, strict=True))
+        for grads in (
+            native.weight_gradient(*operands),
+            products.weight_gradient(*operands),
+            products.weight_gradient(*exact),
+        )
+    )
     assert native.has_weight_gradient(dtype, *shape)
-    assert_numeric_rule(**gradients(shape, dtype, native.weight_gradient))
+    assert_numeric_rule(got, plain, truth)
+    (alone,) = native.weight_gradient(*operands, bias=False)
+    assert torch.equal(alone, got["grad_weight"])
 
 
 @pytest.mark.sanitizer
@@ -186,11 +187,12 @@ def test_threads_do_not_change_a_bit(
 def test_threads_do_not_change_a_bit_of_the_gradient_of_a_weight(
     threads: Callable[[int], None], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    expected = gradients(shape, dtype, native.weight_gradient)["got"]
+    operands = operands_of(shape, dtype)
+    expected = native.weight_gradient(*operands)
     for count in (2, 3, 8):
         threads(count)
-        got = gradients(shape, dtype, native.weight_gradient)["got"]
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        for grad, same in zip(native.weight_gradient(*operands), expected, strict=True):
+            assert torch.equal(grad, same)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
