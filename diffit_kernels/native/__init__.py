@@ -126,11 +126,13 @@ def has_product(dtype: torch.dtype, rows: int, *features: int) -> bool:
     """Whether there is a kernel of linear layers, faster than PyTorch's, for these sizes."""
     if rows < _LEAST_ROWS.get(dtype, math.inf) or not _module.has_linear(_DTYPES[dtype]):
         return False
-    largest = _LARGEST_WEIGHT[dtype]
-    for n, k in pairwise(features):
-        if n % _LINEAR_BLOCK or k % _LINEAR_BLOCK or n * k > largest:
-            return False
-    return True
+    if not _are_whole_blocks(features):
+        return False
+    return all(n * k <= _LARGEST_WEIGHT[dtype] for n, k in pairwise(features))
+
+
+def _are_whole_blocks(sizes: tuple[int, ...]) -> bool:
+    return all(size > 0 and size % _LINEAR_BLOCK == 0 for size in sizes)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -151,7 +153,7 @@ def has_weight_gradient(dtype: torch.dtype, *sizes: int) -> bool:
     """Whether there is a kernel of the gradient of a weight for so many rows and features."""
     if dtype not in _LEAST_ROWS or not _module.has_linear(_DTYPES[dtype]):
         return False
-    return all(size % _LINEAR_BLOCK == 0 for size in sizes)
+    return _are_whole_blocks(sizes)
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:

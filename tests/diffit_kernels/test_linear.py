@@ -251,6 +251,19 @@ def test_float32_takes_any_weight_whose_gradient_is_needed(monkeypatch: pytest.M
         assert not calls(lambda: linear(x, weight))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_without_columns(dtype: torch.dtype) -> None:
+    x, weight, bias = inputs_of((64, 32, 0), dtype=dtype)
+    got = outputs(linear, x, weight, bias)
+    assert {name: tensor.shape for name, tensor in got.items()} == {
+        "y": (64, 0),
+        "grad_0": (64, 32),
+        "grad_1": (0, 32),
+        "grad_2": (0,),
+    }
+    assert not got["grad_0"].any()
+
+
 def test_the_backend_may_change_before_the_backward_pass() -> None:
     x, weight, _ = inputs_of((64, 32, 96))
     y = linear(x.requires_grad_(), weight)
