@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffit_kernels as dk
-from diffit_kernels import native
+from diffit_kernels.native import library
 from tests.cases import AttentionCase, MLPCase
 from tests.numeric_rule import assert_numeric_rule
 
@@ -22,8 +22,8 @@ class _Idle:
 
 
 def test_an_output_that_no_kernel_wrote_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_module", _Idle())
-    monkeypatch.setattr(native, "_import_error", None)
+    monkeypatch.setattr(library, "kernels", _Idle())
+    monkeypatch.setattr(library, "_import_error", None)
     with dk.use_backend("cpu"):
         attention, mlp = AttentionCase((3, 5), 24).operator(), MLPCase((3, 8), 8, 8).operator()
     for name in ("out", "lse", "grad_qkv", "grad_rel_pos_table"):

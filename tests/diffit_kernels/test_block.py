@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock
 from diffit_kernels import native
+from diffit_kernels.native import layers
 from tests.numeric_rule import assert_numeric_rule
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -24,7 +25,7 @@ BLOCK = torch.ops.diffit.block
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of linear layers; elsewhere the operators of the layers run."""
-    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
+    monkeypatch.setitem(layers._LEAST_ROWS, torch.float32, 32)
     if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
         pytest.skip("no faster products than PyTorch's for this processor")
 

@@ -11,6 +11,7 @@ import torch
 
 import diffit_kernels as dk
 from diffit_kernels import dispatch, native, reference
+from diffit_kernels.native import library
 from diffit_kernels.problem import MLPProblem
 from tests.backends import BACKENDS
 from tests.cases import AttentionCase
@@ -83,7 +84,7 @@ def test_the_compiled_kernels_stay_on_the_cpu() -> None:
 
 
 def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_import_error", "no compiler here")
+    monkeypatch.setattr(library, "_import_error", "no compiler here")
     assert dk.available_backends()["cpu"] == "no compiler here"
     assert selected() is reference
     with dk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu'.*no compiler here"):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
 from diffit_kernels import native, products
+from diffit_kernels.native import layers
 from diffit_kernels.ops.linear import linear
 from tests.backends import running_on
 from tests.cases import MLPCase
@@ -44,7 +45,7 @@ OPERATORS = (torch.ops.diffit.linear, torch.ops.diffit.linear_backward)
 @pytest.fixture(autouse=True)
 def fastest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users have them; elsewhere these tests would be PyTorch against itself."""
-    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
+    monkeypatch.setitem(layers._LEAST_ROWS, torch.float32, 32)
     if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
         pytest.skip("no faster products than PyTorch's for this processor")
 

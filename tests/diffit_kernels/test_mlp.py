@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import diffit_kernels as dk
-from diffit_kernels import native
+from diffit_kernels.native import layers
 from tests.cases import DTYPES, LAYOUTS, MLPCase
 from tests.numeric_rule import assert_numeric_rule
 
@@ -47,7 +47,7 @@ def name_of(value: object) -> str | None:
 @pytest.fixture(autouse=True)
 def few_rows_on_tile_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 as in bfloat16, though it is no faster."""
-    monkeypatch.setitem(native._LEAST_ROWS, torch.float32, 32)
+    monkeypatch.setitem(layers._LEAST_ROWS, torch.float32, 32)
 
 
 def check(case: MLPCase) -> None:
@@ -105,7 +105,7 @@ def test_residual_of_inference_in_parts(
     backend: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, residual: torch.dtype
 ) -> None:
     """Where no hidden layer is saved, the CPU kernels take some rows after the others."""
-    monkeypatch.setattr(native, "_HIDDEN_BYTES", 0)  # twice the weights: 48 rows
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES", 0)  # twice the weights: 48 rows
     case = MLPCase((101, 24), 64, 31, dtype, residual=residual)
     with torch.no_grad():
         y = torch.stack([dk.mlp(*case.inputs(draw).values()) for draw in range(case.draws)])

@@ -1,0 +1,256 @@
+"""Linear layers, the MLP and the block, as the C++ kernels take them."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffit_kernels import products
+from diffit_kernels.layout import equally_spaced
+from diffit_kernels.native import library
+from diffit_kernels.native.attention import shape_of
+from diffit_kernels.native.library import DTYPES, optional, pointer
+from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
+
+# About how much of the hidden layer of an MLP exists at once in inference: little enough to stay in
+# cache between the products, and for the C library to reuse the memory instead of returning it to
+# the system. It grows with the weights, which the products read anew for each part.
+_HIDDEN_BYTES = 8 * 2**20
+
+# A factor of all features that the kernels of linear layers take.
+_LINEAR_BLOCK = 32
+# The least rows that they take, and the largest weight, by dtype: in float32 rows make up for
+# packing the weight, whose three parts are to stay near.
+_LEAST_ROWS = {torch.float32: 512, torch.bfloat16: 32}
+_LARGEST_WEIGHT = {torch.float32: 2**20, torch.bfloat16: math.inf}
+
+# The most time tokens that a block multiplies by a kernel of its own.
+_FEW_ROWS = 16
+
+
+def has_product(dtype: torch.dtype, rows: int, *features: int) -> bool:
+    """Whether there is a kernel of linear layers, faster than PyTorch's, for these sizes."""
+    if rows < _LEAST_ROWS.get(dtype, math.inf) or not library.kernels.has_linear(DTYPES[dtype]):
+        return False
+    if not _are_whole_blocks(features):
+        return False
+    return all(n * k <= _LARGEST_WEIGHT[dtype] for n, k in pairwise(features))
+
+
+def _are_whole_blocks(sizes: tuple[int, ...]) -> bool:
+    return all(size > 0 and size % _LINEAR_BLOCK == 0 for size in sizes)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``: (rows, K), (N, K), (N,) -> (rows, N)."""
+    if has_product(x.dtype, x.shape[0], *weight.shape):
+        return _linear(x, weight.contiguous(), bias, weight.shape[0], transposed=False)
+    return products.linear(x, weight, bias)
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, in their dtype."""
+    if has_product(a.dtype, a.shape[0], *b.shape):
+        return _linear(a, b.contiguous(), None, b.shape[1], transposed=True)
+    return products.mm(a, b)
+
+
+def has_weight_gradient(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether there is a kernel of the gradient of a weight for so many rows and features."""
+    if dtype not in _LEAST_ROWS or not library.kernels.has_linear(DTYPES[dtype]):
+        return False
+    return _are_whole_blocks(sizes)
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
+    """``grad_y^T x``, and unless without ``bias`` the sum of grad_y's rows.
+
+    (rows, N), (rows, K) -> (N, K), (N,)
+    """
+    (rows, columns), features = grad_y.shape, x.shape[1]
+    if not has_weight_gradient(x.dtype, rows, columns, features):
+        return products.weight_gradient(grad_y, x, bias)
+    grad_y, x = grad_y.contiguous(), x.contiguous()
+    grad_weight = x.new_empty(columns, features)
+    grad_bias = torch.empty(columns, dtype=torch.float32) if bias else None
+    library.kernels.weight_gradient(
+        (rows, features, columns, DTYPES[x.dtype], torch.get_num_threads()),
+        grad_y.data_ptr(),
+        x.data_ptr(),
+        grad_weight.data_ptr(),
+        pointer(grad_bias),
+    )
+    return (grad_weight,) if grad_bias is None else (grad_weight, grad_bias.to(x.dtype))
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, transposed: bool
+) -> Tensor:
+    """With ``transposed`` the weight is (K, N)."""
+    x, bias = x.contiguous(), optional(bias)
+    y = x.new_empty(x.shape[0], columns)
+    library.kernels.linear(
+        (*x.shape, columns, DTYPES[x.dtype], transposed, torch.get_num_threads()),
+        x.data_ptr(),
+        weight.data_ptr(),
+        pointer(bias),
+        y.data_ptr(),
+    )
+    return y
+
+
+def mlp(
+    problem: MLPProblem,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As the reference, in one kernel if there is one for these sizes."""
+    x_rows = x.reshape(problem.rows, -1)
+    if residual is not None:
+        residual = residual.reshape(problem.rows, -1)
+    y = (x if residual is None else residual).new_empty(problem.rows, problem.out_features)
+    features = (problem.in_features, problem.hidden_features, problem.out_features)
+    inputs = (x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+    fused = has_product(problem.dtype, problem.rows, *features)
+    hidden = (_fused_mlp if fused else _mlp_in_parts)(problem, y, save_hidden, *inputs)
+    return y.reshape(*x.shape[:-1], problem.out_features), hidden
+
+
+def _fused_mlp(
+    problem: MLPProblem, y: Tensor, save_hidden: bool, x: Tensor, *others: Tensor | None
+) -> Tensor | None:
+    """Writes y, and returns the hidden layer if it is saved."""
+    hidden = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
+    contiguous = [optional(tensor) for tensor in (x, *others)]
+    library.kernels.mlp(
+        (
+            problem.rows,
+            problem.in_features,
+            problem.hidden_features,
+            problem.out_features,
+            DTYPES[problem.dtype],
+            DTYPES[y.dtype],
+            torch.get_num_threads(),
+        ),
+        *map(pointer, contiguous),
+        pointer(hidden),
+        y.data_ptr(),
+    )
+    return hidden
+
+
+def _mlp_in_parts(
+    problem: MLPProblem,
+    y: Tensor,
+    save_hidden: bool,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """The same; GELU runs in place on a part of the hidden layer where none is saved.
+
+    The residual is added to a part of the result that is still in cache, and not as the start of
+    the second product: residual + bias, rounded, would have the error of the larger of the two.
+    """
+    bias = fc1_bias.contiguous()
+    step = problem.rows
+    if not save_hidden:
+        part_bytes = max(_HIDDEN_BYTES, 2 * fc1_weight.nbytes)
+        step = min(step, max(1, part_bytes // (problem.hidden_features * x.itemsize)))
+    hidden = x.new_empty(step, problem.hidden_features)
+    activation = torch.empty_like(hidden) if save_hidden else hidden
+    for start in range(0, problem.rows, step):
+        part = slice(start, start + step)
+        rows = min(step, problem.rows - start)
+        products.linear(x[part], fc1_weight, out=hidden[:rows])
+        library.kernels.bias_gelu(
+            (rows, problem.hidden_features, DTYPES[problem.dtype], torch.get_num_threads()),
+            hidden.data_ptr(),
+            bias.data_ptr(),
+            activation.data_ptr(),
+        )
+        if residual is None:
+            products.linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
+        else:
+            added = products.linear(activation[:rows], fc2_weight, fc2_bias)
+            torch.add(residual[part], added, out=y[part])
+    return hidden if save_hidden else None
+
+
+def mlp_backward(
+    problem: MLPProblem,
+    grad_y: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    hidden: Tensor,
+    weights: bool,
+) -> tuple[Tensor, ...]:
+    """As the reference; one pass over the hidden layer, in place on the incoming gradient."""
+    x_rows = x.reshape(problem.rows, -1)
+    grad_rows = grad_y.reshape(problem.rows, -1)
+    hidden = hidden.contiguous()
+    grad_hidden = mm(grad_rows, fc2_weight).contiguous()
+    bias = fc1_bias.contiguous()
+    activation = torch.empty_like(hidden)
+    grad_fc1_bias = torch.empty(problem.hidden_features, dtype=torch.float32)
+    library.kernels.bias_gelu_backward(
+        (problem.rows, problem.hidden_features, DTYPES[problem.dtype], torch.get_num_threads()),
+        hidden.data_ptr(),
+        bias.data_ptr(),
+        activation.data_ptr(),
+        grad_hidden.data_ptr(),
+        grad_fc1_bias.data_ptr(),
+    )
+    grad_x = mm(grad_hidden, fc1_weight).reshape(x.shape)
+    if not weights:
+        return (grad_x,)
+    (grad_fc1_weight,) = weight_gradient(grad_hidden, x_rows, bias=False)
+    grad_fc2 = weight_gradient(grad_rows, activation)
+    return grad_x, grad_fc1_weight, grad_fc1_bias.to(x.dtype), *grad_fc2
+
+
+def block(
+    problem: WindowAttentionProblem,
+    x: Tensor,
+    temb: Tensor | None,
+    row: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    hidden_features: int,
+    scale: float,
+    eps: tuple[float, float],
+) -> Tensor:
+    """A block in inference whose layers ``has_product``; ``weights`` as the operator takes them."""
+    _, qkv_bias, temb_weight, temb_bias, *_ = weights
+    if temb is not None and temb_weight is not None and problem.batch > _FEW_ROWS:
+        row, temb = linear(temb, temb_weight, temb_bias), None
+    if temb is None and qkv_bias is not None:
+        row = qkv_bias.expand(problem.batch, -1) if row is None else row + qkv_bias
+    q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
+    q_row, v_row, row_stride = equally_spaced(q_row, v_row)
+    contiguous = [optional(tensor) for tensor in (x, temb, *weights)]
+    y = x.new_empty(x.shape)
+    library.kernels.block(
+        shape_of(problem),
+        scale,
+        eps,
+        (0 if temb is None else temb.shape[1], hidden_features),
+        pointer(q_row),
+        pointer(v_row),
+        row_stride,
+        *map(pointer, contiguous),
+        y.data_ptr(),
+    )
+    return y
