@@ -6,13 +6,15 @@ cost no memory traffic.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffit_kernels.problem import AddLayerNormProblem
 from diffit_kernels.triton.configs import Config, Configs, choose
+from diffit_kernels.triton.launch import launch
 from diffit_kernels.triton.rows import as_rows
 from diffit_kernels.triton.sizes import cdiv, next_power_of_2
 
@@ -151,13 +153,8 @@ def _norm(
     n = x.new_empty(x.shape, dtype=problem.y_dtype)
     x, y = as_rows(x), None if y is None else as_rows(y)
     config = _config("add_layer_norm", problem, x, configs)
-    with torch.cuda.device_of(x):
-        forward[_grid(problem, config)](
-            *(x, y, s, n, x.stride(0), 0 if y is None else y.stride(0)),
-            *(problem.rows, problem.features, eps),
-            BLOCK_C=next_power_of_2(problem.features),
-            **config,
-        )
+    strides = (x.stride(0), 0 if y is None else y.stride(0))
+    _launch(forward, problem, (x, y, s, n), strides, eps, config)
     return n
 
 
@@ -172,13 +169,8 @@ def _norm_backward(
     grad = s.new_empty(s.shape)
     tensors = [None if x is None else as_rows(x) for x in (grad_s, grad_n, s)]
     config = _config("add_layer_norm_backward", problem, s, configs)
-    with torch.cuda.device_of(s):
-        backward[_grid(problem, config)](
-            *(*tensors, grad, *(0 if x is None else x.stride(0) for x in tensors)),
-            *(problem.rows, problem.features, eps),
-            BLOCK_C=next_power_of_2(problem.features),
-            **config,
-        )
+    strides = tuple([0 if x is None else x.stride(0) for x in tensors])
+    _launch(backward, problem, (*tensors, grad), strides, eps, config)
     return grad
 
 
@@ -190,5 +182,18 @@ def _config(
     return choose(kernel, x.device, x.itemsize, rows=problem.rows, features=problem.features)
 
 
-def _grid(problem: AddLayerNormProblem, config: Config) -> tuple[int]:
-    return (cdiv(problem.rows, config["ROWS"]),)
+def _launch(
+    kernel: Any,
+    problem: AddLayerNormProblem,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+    eps: float,
+    config: Config,
+) -> None:
+    launch(
+        kernel,
+        (cdiv(problem.rows, config["ROWS"]),),
+        tensors,
+        (*strides, problem.rows, problem.features, eps),
+        config | {"BLOCK_C": next_power_of_2(problem.features)},
+    )

@@ -13,6 +13,7 @@ from diffit_kernels.triton import attention_large as large
 from diffit_kernels.triton import attention_small as small
 from diffit_kernels.triton import attention_tiles as tiles
 from diffit_kernels.triton.configs import Config, Configs, Entry, nearest
+from diffit_kernels.triton.launch import launch
 from diffit_kernels.triton.sizes import cdiv, next_power_of_2
 
 # Slots of a window, and bytes of a head's part of q, up to which a program holds a window whole:
@@ -47,21 +48,21 @@ def window_attention(
     out = qkv.new_empty(problem.batch, problem.tokens, problem.dim)
     lse = qkv.new_empty(problem.batch, problem.num_heads, problem.tokens, dtype=torch.float32)
     windows = problem.batch * problem.windows
-    arguments = (
-        *(qkv, _scaled_table(rel_pos_table), q_row, v_row, out, lse),
+    tensors = (qkv, _scaled_table(rel_pos_table), q_row, v_row, out, lse)
+    sizes = (
         *(qkv.stride(0), qkv.stride(1), row_stride),
         *(problem.tokens, problem.grid_size[1], problem.num_heads),
     )
     block = _block(problem.window_tokens)
-    with torch.cuda.device_of(qkv):
-        if block <= _SMALL and block * problem.head_dim * qkv.itemsize <= _SMALL_BYTES:
-            config = _config("small_forward", problem.window_tokens, problem, qkv, configs)
-            programs = problem.num_heads * cdiv(windows, config["WINDOWS"])
-            small.forward[(programs,)](*arguments, windows, scale, BLOCK_M=block, **config)
-        else:
-            config = _config("large_forward", problem.window_tokens, problem, qkv, configs)
-            q_tiles = cdiv(problem.window_tokens, config["BLOCK_M"])
-            large.forward[(q_tiles * problem.num_heads * windows,)](*arguments, scale, **config)
+    if block <= _SMALL and block * problem.head_dim * qkv.itemsize <= _SMALL_BYTES:
+        config = _config("small_forward", problem.window_tokens, problem, qkv, configs)
+        programs = problem.num_heads * cdiv(windows, config["WINDOWS"])
+        config["BLOCK_M"] = block
+        launch(small.forward, (programs,), tensors, (*sizes, windows, scale), config)
+    else:
+        config = _config("large_forward", problem.window_tokens, problem, qkv, configs)
+        programs = problem.num_heads * windows * cdiv(problem.window_tokens, config["BLOCK_M"])
+        launch(large.forward, (programs,), tensors, (*sizes, scale), config)
     return out, lse
 
 
@@ -84,19 +85,18 @@ def window_attention_backward(
     grad_qkv = qkv.new_empty(problem.batch, problem.tokens, 3 * problem.dim)
     slots = problem.window_size[0] * _row(problem)
     size = slots * problem.head_dim * qkv.itemsize
-    with torch.cuda.device_of(qkv):
-        if slots <= _SMALL and size <= _SMALL_BYTES:
-            table = _scaled_table(rel_pos_table)
-            sums = _small_backward(
-                *(problem, grad_out, qkv, table, q_row, v_row, grad_qkv),
-                *(strides, scale, configs),
-            )
-        else:
-            table = None if rel_pos_table is None else rel_pos_table.t().contiguous()
-            sums = _large_backward(
-                *(problem, grad_out, qkv, table, q_row, v_row, lse.contiguous(), grad_qkv),
-                *(strides, scale, configs),
-            )
+    if slots <= _SMALL and size <= _SMALL_BYTES:
+        table = _scaled_table(rel_pos_table)
+        sums = _small_backward(
+            *(problem, grad_out, qkv, table, q_row, v_row, grad_qkv),
+            *(strides, scale, configs),
+        )
+    else:
+        table = None if rel_pos_table is None else rel_pos_table.t().contiguous()
+        sums = _large_backward(
+            *(problem, grad_out, qkv, table, q_row, v_row, lse.contiguous(), grad_qkv),
+            *(strides, scale, configs),
+        )
     return grad_qkv, *sums
 
 
@@ -124,13 +124,12 @@ def _small_backward(
     splits = cdiv(groups, steps)
     table_partial = _table_partial(table, batch * splits, 1, 1, block // row, block // row, row)
     q_partial, v_partial = (_row_partial(problem, x, splits) for x in (q_row, v_row))
-    small.backward[(batch * splits * heads,)](
-        *(grad_out, qkv, table, q_row, grad_qkv, table_partial, q_partial, v_partial),
-        *(*strides, problem.tokens, problem.grid_size[1], heads),
-        *(splits, steps, scale),
-        ROW=row,
-        BLOCK_M=block,
-        **config,
+    launch(
+        small.backward,
+        (batch * splits * heads,),
+        (grad_out, qkv, table, q_row, grad_qkv, table_partial, q_partial, v_partial),
+        (*strides, problem.tokens, problem.grid_size[1], heads, splits, steps, scale),
+        config | {"ROW": row, "BLOCK_M": block},
     )
     grad_table = _grad_table(problem, table_partial, block // row, block // row)
     return grad_table, *_row_sums(problem, q_partial, v_partial, qkv)
@@ -158,16 +157,19 @@ def _large_backward(
     q_tiles = cdiv(problem.window_tokens, config["BLOCK_M"])
     parts = problem.windows * q_tiles
     q_partial, v_partial = (_row_partial(problem, x, parts) for x in (q_row, v_row))
-    large.backward_q[(q_tiles * heads * windows,)](
-        *(grad_out, qkv, table, q_row, lse, grad_qkv, weight, delta),
-        *(q_partial, v_partial, *sizes, scale),
-        **config,
+    launch(
+        large.backward_q,
+        (q_tiles * heads * windows,),
+        (grad_out, qkv, table, q_row, lse, grad_qkv, weight, delta, q_partial, v_partial),
+        (*sizes, scale),
+        config,
     )
 
     saved = (grad_out, qkv, table, q_row, lse, weight, delta)
     config = _config("large_backward_kv", problem.window_tokens, problem, qkv, configs)
     k_tiles = cdiv(problem.window_tokens, config["BLOCK_N"])
-    large.backward_kv[(k_tiles * heads * windows,)](*saved, grad_qkv, *sizes, scale, **config)
+    programs = k_tiles * heads * windows
+    launch(large.backward_kv, (programs,), (*saved, grad_qkv), (*sizes, scale), config)
 
     grad_table = None
     if table is not None:
@@ -178,12 +180,12 @@ def _large_backward(
         splits = min(windows, cdiv(_PROGRAMS, heads * q_tiles * k_tiles))
         rows = (block_m // row, block_n // row)
         partial = _table_partial(table, splits, q_tiles, k_tiles, *rows, row)
-        large.backward_table[(heads * splits * q_tiles * k_tiles,)](
-            *(*saved, partial, *sizes, windows, splits, scale),
-            ROW=row,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            **config,
+        launch(
+            large.backward_table,
+            (heads * splits * q_tiles * k_tiles,),
+            (*saved, partial),
+            (*sizes, windows, splits, scale),
+            config | {"ROW": row, "BLOCK_M": block_m, "BLOCK_N": block_n},
         )
         grad_table = _grad_table(problem, partial, *rows)
     return grad_table, *_row_sums(problem, q_partial, v_partial, qkv)
@@ -271,10 +273,14 @@ def _grad_table(
     heads, splits, q_tiles, k_tiles = partial.shape[:4]
     (wh, ww), row = problem.window_size, _row(problem)
     grad_table = partial.new_empty(problem.table_rows, heads)
-    block = max(1, _PARTIALS // (2 * row * row))
-    tiles.add_partials[(2 * wh - 1, heads)](
-        *(partial, grad_table, heads, splits, q_tiles, k_tiles, ry, ky, wh, ww, row, block),
-        enable_fp_fusion=True,
+    constants = {"Q_TILES": q_tiles, "K_TILES": k_tiles, "RY": ry, "KY": ky, "WH": wh, "WW": ww}
+    constants |= {"ROW": row, "BLOCK": max(1, _PARTIALS // (2 * row * row))}
+    launch(
+        tiles.add_partials,
+        (2 * wh - 1, heads),
+        (partial, grad_table),
+        (heads, splits),
+        constants | {"enable_fp_fusion": True},
     )
     return grad_table
 
@@ -297,9 +303,11 @@ def _row_sums(
         None if partial is None else qkv.new_empty(problem.batch, problem.dim)
         for partial in (q_partial, v_partial)
     )
-    tiles.add_rows[(problem.batch, cdiv(problem.dim, _ROWS_BLOCK))](
-        *(q_partial, v_partial, grad_q_row, grad_v_row, parts[0], problem.dim),
-        *(_ROWS_PARTS, _ROWS_BLOCK),
-        enable_fp_fusion=True,
+    launch(
+        tiles.add_rows,
+        (problem.batch, cdiv(problem.dim, _ROWS_BLOCK)),
+        (q_partial, v_partial, grad_q_row, grad_v_row),
+        (parts[0], problem.dim),
+        {"PARTS": _ROWS_PARTS, "BLOCK": _ROWS_BLOCK, "enable_fp_fusion": True},
     )
     return grad_q_row, grad_v_row

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffit_kernels.problem import MLPProblem
 from diffit_kernels.triton.configs import CUBLASLT, Config, Configs, choose
+from diffit_kernels.triton.launch import launch
 from diffit_kernels.triton.rows import as_rows
 from diffit_kernels.triton.sizes import cdiv
 
@@ -265,10 +266,8 @@ def _activation(
     if config == CUBLASLT:
         product = activation if hidden is None else hidden
         torch.mm(x, weight.t(), out=product)
-        with torch.cuda.device_of(x):
-            activate[_grid(x, columns, _TILE)](
-                product, bias.contiguous(), activation, x.shape[0], columns, **_TILE
-            )
+        tensors = (product, bias.contiguous(), activation)
+        launch(activate, _grid(x, columns, _TILE), tensors, (x.shape[0], columns), _TILE)
     else:
         _linear(x, weight, bias, None, hidden, activation, config | {"GELU": True})
     return activation
@@ -299,12 +298,14 @@ def _linear(
     config: Config,
 ) -> None:
     columns = weight.shape[0]
-    with torch.cuda.device_of(x):
-        linear[_grid(x, columns, config)](
-            *(x, weight.contiguous(), bias.contiguous(), residual, hidden, y, x.stride(0)),
-            *(0 if residual is None else residual.stride(0), x.shape[0], columns, x.shape[1]),
-            **config,
-        )
+    residual_stride = 0 if residual is None else residual.stride(0)
+    launch(
+        linear,
+        _grid(x, columns, config),
+        (x, weight.contiguous(), bias.contiguous(), residual, hidden, y),
+        (x.stride(0), residual_stride, x.shape[0], columns, x.shape[1]),
+        config,
+    )
 
 
 def mlp_backward(
@@ -333,15 +334,13 @@ def mlp_backward(
     grad_bias = x.new_empty(tiles_down, columns, dtype=torch.float32)
     tensors = (fc1_bias.contiguous(), hidden.contiguous(), activation, grad_hidden, grad_bias)
     grid = _grid(grad_rows, columns, config)
-    with torch.cuda.device_of(x):
-        if elementwise:
-            activate_backward[grid](grad_hidden, *tensors, problem.rows, columns, **config)
-        else:
-            gelu_backward[grid](
-                *(grad_rows, fc2_weight.contiguous(), *tensors),
-                *(grad_rows.stride(0), problem.rows, columns, problem.out_features),
-                **config,
-            )
+    if elementwise:
+        inputs = (grad_hidden, *tensors)
+        launch(activate_backward, grid, inputs, (problem.rows, columns), config)
+    else:
+        factors = (grad_rows, fc2_weight.contiguous(), *tensors)
+        sizes = (grad_rows.stride(0), problem.rows, columns, problem.out_features)
+        launch(gelu_backward, grid, factors, sizes, config)
     grad_x = (grad_hidden @ fc1_weight).view(x.shape)
     if not weights:
         return (grad_x,)
