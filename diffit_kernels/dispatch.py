@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
-from diffit_kernels import cuda, native, reference, triton
+from diffit_kernels import cuda, native, products, reference, triton
 from diffit_kernels.problem import Problem
 
 # A backend is a module with the functions of `reference`, or the reason why there is none.
@@ -82,6 +82,11 @@ def _reason(name: str, problem: Problem) -> str | None:
 def runs_native(device_type: str) -> bool:
     """Whether tensors on this device go to the compiled CPU kernels, if they take the problem."""
     return device_type == "cpu" and _choice() in ("auto", "cpu") and native.unavailable() is None
+
+
+def select_products(device_type: str) -> ModuleType:
+    """The module whose ``linear``, ``mm`` and ``weight_gradient`` multiply tensors there."""
+    return native if runs_native(device_type) else products
 
 
 def select(problem: Problem) -> ModuleType:

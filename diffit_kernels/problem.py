@@ -274,6 +274,19 @@ class AddLayerNormProblem:
 Problem = WindowAttentionProblem | MLPProblem | AddLayerNormProblem
 
 
+@dataclass(frozen=True)
+class BlockProblem:
+    """A transformer block: its attention, both norms, its perceptron.
+
+    ``has_row`` tells whether anything is added to every token's q, k and v.
+    """
+
+    attention: WindowAttentionProblem
+    norm: AddLayerNormProblem
+    perceptron: MLPProblem
+    has_row: bool
+
+
 def shape(tensor: Tensor | Described) -> tuple[int, ...]:
     """The shape as error messages print it."""
     return tuple(tensor.shape)

@@ -11,6 +11,7 @@ from torch.nn.functional import gelu
 from diffit.nn.fusible import are_fusible, are_unhooked
 from diffit.nn.tmsa import TMSA
 from diffit_kernels import add_layer_norm, layer_norm, mlp
+from diffit_kernels.block import Weights
 from diffit_kernels.ops.block import block, is_fused
 
 
@@ -133,18 +134,13 @@ class DiffiTBlock(nn.Module):
             and all(_is_for_each_sample(entry, x) for entry in (temb, row))
             and are_unhooked(attn, perceptron)
             and are_fusible(norm1, qkv, token, attn.softmax, proj, norm2, fc1, fc2, *dropouts)
-            and is_fused(x, attn.num_heads, attn.window_size, fc1.weight.shape[0])
         ):
             return None
-        qkv_weight, b1, b2 = qkv.weight, fc1.bias, fc2.bias
+        b1, b2 = fc1.bias, fc2.bias
         if b1 is None or b2 is None:
             return None
-        attn.check(x, temb, row, qkv_weight)
-        return block(
-            x,
-            temb,
-            row,
-            qkv_weight,
+        weights = Weights(
+            qkv.weight,
             qkv.bias,
             None if token is None else token.weight,
             None if token is None else token.bias,
@@ -155,6 +151,15 @@ class DiffiTBlock(nn.Module):
             b1,
             fc2.weight,
             b2,
+        )
+        if not is_fused(x, weights, attn.num_heads, attn.window_size):
+            return None
+        attn.check(x, temb, row, weights.qkv)
+        return block(
+            x,
+            temb,
+            row,
+            weights,
             num_heads=attn.num_heads,
             window_size=attn.window_size,
             grid_size=grid_size,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffit_kernels import products
-from diffit_kernels.layout import equally_spaced
+from diffit_kernels.layout import equally_spaced, thirds
 from diffit_kernels.native import library
 from diffit_kernels.native.attention import shape_of
 from diffit_kernels.native.library import DTYPES, optional, pointer
@@ -238,7 +238,7 @@ def block(
         row, temb = linear(temb, temb_weight, temb_bias), None
     if temb is None and qkv_bias is not None:
         row = qkv_bias.expand(problem.batch, -1) if row is None else row + qkv_bias
-    q_row, _, v_row = (None,) * 3 if row is None else row.chunk(3, dim=1)
+    q_row, _, v_row = thirds(row)
     q_row, v_row, row_stride = equally_spaced(q_row, v_row)
     contiguous = [optional(tensor) for tensor in (x, temb, *weights)]
     y = x.new_empty(x.shape)

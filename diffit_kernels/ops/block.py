@@ -1,9 +1,9 @@
-"""``torch.ops.diffit.block``: a whole block in inference, by one call of the CPU's kernels.
+"""``torch.ops.diffit.block``: a whole transformer block by one call.
 
-Norms are taken in the products that follow them and sums in those before, and a thread takes a part
-of the tokens through attention and the products around it at once. What lies between is not kept:
-where gradients are asked for, the operators of the layers run. They also do where there are no such
-kernels.
+On a GPU it takes the place of the operators of the layers, whose Python would take longer than
+their kernels. On the CPU it is one kernel, in inference, where there is one for its sizes: norms
+are taken in the products that follow them and sums in those before, and a thread takes a part of
+the tokens through attention and the products around it at once.
 """
 
 from __future__ import annotations
@@ -16,35 +16,44 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from diffit_kernels import block as layers
 from diffit_kernels import dispatch, native
+from diffit_kernels.block import Saved, Weights
 from diffit_kernels.ops import autocast, transforms
-from diffit_kernels.ops.add_layer_norm import add_layer_norm
-from diffit_kernels.ops.layer_norm import layer_norm
-from diffit_kernels.ops.mlp import mlp, mlp_flops
+from diffit_kernels.ops.mlp import mlp_flops
 from diffit_kernels.ops.registration import operator
-from diffit_kernels.ops.tmsa import check_tmsa, tmsa
+from diffit_kernels.ops.tmsa import check_tmsa
 from diffit_kernels.ops.window_attention import as_grid, as_pair, as_table, attention_flops
 from diffit_kernels.problem import (
+    HALF,
     AddLayerNormProblem,
+    BlockProblem,
     Described,
     MLPProblem,
     WindowAttentionProblem,
     remembered,
+    require_floating,
+    require_like,
     require_shape,
+    require_tensor,
 )
 
 
 def is_fused(
-    x: Tensor, num_heads: int, window_size: int | tuple[int, int], hidden_features: int
+    x: Tensor, weights: Weights, num_heads: int, window_size: int | tuple[int, int]
 ) -> bool:
-    """Whether ``block`` is one call for tokens x (B, L, C) and these sizes, as things are."""
-    return (
-        x.dim() == 3
-        and not torch.is_grad_enabled()
-        and not transforms.are_active()
-        and not autocast.is_active(x)
-        and _has_kernels(x, num_heads, window_size, hidden_features)
-    )
+    """Whether ``block`` is to be called for tokens x (B, L, C), as things are."""
+    if x.dim() != 3 or transforms.are_active():
+        return False
+    trained, cast = torch.is_grad_enabled(), autocast.is_active(x)
+    if x.device.type == "cuda":
+        if cast and x.dtype not in (torch.float32, autocast.dtype_of(x)):
+            return False
+        # It computes the gradients of all weights or of none.
+        return not trained or len({w.requires_grad for w in weights if w is not None}) == 1
+    if trained or cast:
+        return False
+    return _has_kernels(x, num_heads, window_size, weights.fc1.shape[0])
 
 
 def _has_kernels(
@@ -64,17 +73,7 @@ def block(
     x: Tensor,
     temb: Tensor | None,
     row: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    temb_weight: Tensor | None,
-    temb_bias: Tensor | None,
-    rel_pos_table: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    weights: Weights,
     *,
     num_heads: int,
     window_size: int | tuple[int, int],
@@ -85,33 +84,33 @@ def block(
     """``s + mlp(layer_norm(s))`` with ``s = x + tmsa(layer_norm(x), temb or row)``.
 
     Arguments as those of ``tmsa`` and ``mlp``, with one time token or row for each sample; ``eps``
-    of the two norms.
+    of the two norms. Where x is float32 and the weights, by themselves or by autocast, have 16
+    bits, x, its sums and the result stay float32.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in ``tmsa`` and ``mlp``.
     """
     window = as_pair("window_size", window_size)
-    return _forward(
-        x,
-        temb,
-        row,
-        qkv_weight,
-        qkv_bias,
-        None if temb is None else temb_weight,
-        None if temb is None else temb_bias,
-        None if rel_pos_table is None else as_table(rel_pos_table, x.dtype),
-        proj_weight,
-        proj_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
+    if temb is None:
+        weights = weights._replace(temb=None, temb_bias=None)
+    if weights.rel_pos_table is not None:
+        weights = weights._replace(rel_pos_table=as_table(weights.rel_pos_table, x.dtype))
+    tensors = (x, temb, row, *weights)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _ = _forward(
+        *tensors,
         num_heads,
         window,
         as_grid(grid_size, x.shape[1], window),
         (x.shape[2] // num_heads) ** -0.5 if scale is None else scale,
         *eps,
+        save,
     )
+    return y
+
+
+# The inputs of the operator that are tensors: x, temb, row and the weights.
+_TENSORS = 3 + len(Weights._fields)
 
 
 @operator("block")
@@ -136,72 +135,192 @@ def _forward(
     scale: float,
     eps1: float,
     eps2: float,
-) -> Tensor:
-    projections = (qkv_weight, qkv_bias, temb_weight, temb_bias, proj_weight, proj_bias)
-    perceptron = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_tmsa(x, temb, row, *projections, False)
-    _check(x, temb, row, *perceptron, eps1, eps2)
-    batch, tokens, dim = x.shape
-    qkv = Described(torch.Size((batch, tokens, 3 * dim)), x.dtype, x.device)
-    problem = WindowAttentionProblem.from_tensors(
-        qkv, rel_pos_table, None, None, num_heads, window_size, grid_size, scale
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The result, and if ``save`` what ``Saved`` names; a row that is not there has no elements."""
+    weights = Weights(
+        *(qkv_weight, qkv_bias, temb_weight, temb_bias, rel_pos_table, proj_weight, proj_bias),
+        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
     )
-    hidden_features = fc1_weight.shape[0]
-    if _has_kernels(x, num_heads, window_size, hidden_features):
-        weights = (*projections[:4], rel_pos_table, *projections[4:], *perceptron)
-        return native.block(problem, x, temb, row, weights, hidden_features, scale, (eps1, eps2))
-    attention = tmsa(
-        layer_norm(x, eps1),
-        temb,
-        *projections[:4],
-        rel_pos_table,
-        *projections[4:],
-        num_heads=num_heads,
-        window_size=problem.window_size,
-        grid_size=problem.grid_size,
-        scale=scale,
-        row=row,
-    )
-    s, normed = add_layer_norm(x, attention, eps2)
-    return mlp(normed, *perceptron, s)
-
-
-@_forward.register_fake
-def _forward_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_forward.register_autograd(refusal="it is for inference")
+    sizes = (num_heads, window_size, grid_size, scale)
+    problem, eps = _problem(x, temb, row, *weights, *sizes, eps1, eps2), (eps1, eps2)
+    hidden = fc1_weight.shape[0]
+    if not save and _has_kernels(x, num_heads, window_size, hidden):
+        return native.block(problem.attention, x, temb, row, weights, hidden, scale, eps), []
+    y, saved = layers.block(problem, x, temb, row, weights, scale, eps, save)
+    if saved is None:
+        return y, []
+    of_row, *others = saved
+    if of_row is None:
+        of_row = saved.qkv.new_empty(0)
+    elif temb is None and (row is None or qkv_bias is None):
+        of_row = of_row.clone(memory_format=torch.contiguous_format)  # it is an input
+    return y, [of_row, *others]
 
 
 @remembered
-def _check(
+def _problem(
     x: Described,
     temb: Described | None,
     row: Described | None,
+    qkv_weight: Described,
+    qkv_bias: Described | None,
+    temb_weight: Described | None,
+    temb_bias: Described | None,
+    rel_pos_table: Described | None,
+    proj_weight: Described,
+    proj_bias: Described | None,
     fc1_weight: Described,
     fc1_bias: Described,
     fc2_weight: Described,
     fc2_bias: Described,
+    num_heads: int,
+    window_size: Sequence[int],
+    grid_size: Sequence[int],
+    scale: float,
     eps1: float,
     eps2: float,
-) -> None:
-    """Of what ``tmsa`` does not check."""
-    MLPProblem.from_tensors(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    require_shape("fc2_weight", fc2_weight, (x.shape[2], fc2_weight.shape[1]))
+) -> BlockProblem:
+    """Check the arguments and return their problem."""
+    require_floating("x", x)
+    require_tensor("qkv_weight", qkv_weight)
+    mixed = x.dtype == torch.float32 and qkv_weight.dtype in HALF
+    normed = Described(x.shape, qkv_weight.dtype if mixed else x.dtype, x.device)
+    projections = (qkv_weight, qkv_bias, temb_weight, temb_bias, proj_weight, proj_bias)
+    check_tmsa(normed, temb, row, *projections, False)
+    batch, tokens, dim = x.shape
     for name, tensor in (("temb", temb), ("row", row)):
         if tensor is not None:
-            require_shape(name, tensor, (x.shape[0], tensor.shape[1]))
+            require_shape(name, tensor, (batch, tensor.shape[1]))
+    qkv = normed._replace(shape=torch.Size((batch, tokens, 3 * dim)))
+    attention = WindowAttentionProblem.from_tensors(
+        qkv, rel_pos_table, None, None, num_heads, window_size, grid_size, scale
+    )
+    perceptron = MLPProblem.from_tensors(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    require_shape("fc2_weight", fc2_weight, (dim, fc2_weight.shape[1]))
     for eps in (eps1, eps2):
-        AddLayerNormProblem.of_norm(x, x.dtype, eps)
+        norm = AddLayerNormProblem.from_tensors(x, normed, eps)
+    has_row = any(tensor is not None for tensor in (temb, row, qkv_bias))
+    return BlockProblem(attention, norm, perceptron, has_row)
+
+
+def _saved_like(problem: BlockProblem) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of ``Saved``."""
+    attention, norm, perceptron = problem.attention, problem.norm, problem.perceptron
+    batch, tokens, dim = attention.batch, attention.tokens, attention.dim
+    return [
+        ((batch, 3 * dim) if problem.has_row else (0,), attention.dtype),
+        ((batch, tokens, 3 * dim), attention.dtype),
+        ((batch, tokens, dim), attention.dtype),
+        ((batch, attention.num_heads, tokens), attention.table_dtype),
+        ((batch, tokens, dim), norm.dtype),
+        ((norm.rows, perceptron.hidden_features), attention.dtype),
+    ]
+
+
+@_forward.register_fake
+def _forward_fake(x: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
+    *arguments, save = others
+    saved = _saved_like(_problem(x, *arguments)) if save else []
+    return x.new_empty(x.shape), [x.new_empty(size, dtype=dtype) for size, dtype in saved]
+
+
+@operator("block_backward")
+def _backward(
+    grad_y: Tensor,
+    saved: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    num_heads: int,
+    window_size: Sequence[int],
+    grid_size: Sequence[int],
+    scale: float,
+    eps1: float,
+    eps2: float,
+    of_weights: bool,
+) -> list[Tensor]:
+    """Gradients of the inputs, the tensors of ``block``; those of absent ones have no elements.
+
+    Without ``of_weights`` those of the weights have none either.
+    """
+    sizes = (num_heads, window_size, grid_size, scale, eps1, eps2)
+    problem = _backward_problem(grad_y, *saved, *inputs, *sizes)
+    x, temb, _, *others = inputs
+    assert x is not None  # or it had no problem
+    weights = Weights._make(others)
+    kept = Saved(saved[0] if problem.has_row else None, *saved[1:])
+    with autocast.disabled(x):
+        grads = layers.block_backward(
+            problem, grad_y, x, temb, kept, weights, scale, (eps1, eps2), of_weights
+        )
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
+
+
+@remembered
+def _backward_problem(grad_y: Described, *arguments: Any) -> BlockProblem:
+    """The same of the backward pass."""
+    count = len(Saved._fields)
+    saved, (x, *others) = arguments[:count], arguments[count:]
+    problem = _problem(x, *others)
+    require_like("grad_y", grad_y, x.dtype, x)
+    require_shape("grad_y", grad_y, tuple(x.shape))
+    for name, tensor, (size, dtype) in zip(Saved._fields, saved, _saved_like(problem), strict=True):
+        require_like(f"saved {name}", tensor, dtype, x)
+        require_shape(f"saved {name}", tensor, size)
+    return problem
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_y: Tensor, saved: Sequence[Tensor], inputs: Sequence[Tensor | None], *others: Any
+) -> list[Tensor]:
+    of_weights = others[-1]
+    wanted = [*inputs[:3], *(tensor if of_weights else None for tensor in inputs[3:])]
+    return [
+        grad_y.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in wanted
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.save_for_backward(*output[1], *inputs[:_TENSORS])
+    ctx.arguments = inputs[_TENSORS:-1]
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_y: Tensor | None, _grad_saved: None) -> tuple[Any, ...]:
+    needed = ctx.needs_input_grad
+    if grad_y is None:
+        return (None,) * len(needed)
+    tensors = ctx.saved_tensors
+    saved, inputs = tensors[:-_TENSORS], tensors[-_TENSORS:]
+    if not saved:
+        raise RuntimeError("diffit::block has no derivative: it was called with save=False")
+    of_weights = any(needed[3:_TENSORS])
+    grads = _backward(grad_y, list(saved), list(inputs), *ctx.arguments, of_weights)
+    present = (grad if need else None for grad, need in zip(grads, needed, strict=False))
+    return *present, *(None,) * (len(needed) - _TENSORS)
+
+
+_forward.register_autograd(_autograd, _setup_context)
+_backward.register_autograd()
+_forward.register_autocast(keep=(0, 3 + Weights._fields.index("rel_pos_table")))
 
 
 @register_flop_formula(torch.ops.diffit.block)
 def _flops(x: Any, temb: Any, row: Any, qkv_weight: Any, *others: Any, **_: Any) -> int:
     """Of the products, from the shapes of the arguments."""
-    _, temb_weight, _, table, proj_weight, _, *perceptron, heads, window, _, _, _, _ = others
+    _, temb_weight, _, table, proj_weight, _, *perceptron, heads, window, _, _, _, _, _ = others
     batch, tokens, dim = x
     projections = 2 * batch * tokens * (prod(qkv_weight) + prod(proj_weight))
     of_token = 0 if temb is None else 2 * batch * prod(temb_weight)
     attention = attention_flops((batch, tokens, 3 * dim), table, None, None, heads, window)
     return projections + of_token + attention + mlp_flops(x, *perceptron)
+
+
+@register_flop_formula(torch.ops.diffit.block_backward)
+def _backward_flops(grad_y: Any, saved: Any, inputs: Any, *sizes: Any, **_: Any) -> int:
+    """For each product of a layer that for its input and, if asked, for its weights."""
+    batch, tokens, dim = grad_y
+    attention = attention_flops((batch, tokens, 3 * dim), None, None, None, *sizes[:2])
+    products = _flops(*inputs, *sizes) - attention
+    return (2 if sizes[-1] else 1) * products + attention * 5 // 2

@@ -51,7 +51,7 @@ def _is_ours(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
 @operator("linear")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
-    y = _products().linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    y = dispatch.select_products("cpu").linear(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -68,11 +68,12 @@ def _backward(
     """Gradients of x, weight and bias. Without ``weights`` all but the first have no elements."""
     _check_backward(grad_y, x, weight)
     rows = grad_y.reshape(-1, grad_y.shape[-1])
+    backend = dispatch.select_products("cpu")
     with autocast.disabled(x):
-        grad_x = _products().mm(rows, weight).view(x.shape)
+        grad_x = backend.mm(rows, weight).view(x.shape)
         if not weights:
             return grad_x, x.new_empty(0), x.new_empty(0)
-        return grad_x, *_products().weight_gradient(rows, x.reshape(-1, x.shape[-1]))
+        return grad_x, *backend.weight_gradient(rows, x.reshape(-1, x.shape[-1]))
 
 
 @_backward.register_fake
@@ -100,11 +101,6 @@ def _check_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> None:
     _check(x, weight, None)
     require_like("grad_y", grad_y, x.dtype, x)
     require_shape("grad_y", grad_y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _products() -> Any:
-    """The module whose ``linear``, ``mm`` and ``weight_gradient`` are used."""
-    return native if dispatch.runs_native("cpu") else products
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffit_kernels.layout import thirds, token_row
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.linear import linear
 from diffit_kernels.ops.window_attention import window_attention
@@ -70,7 +71,7 @@ def tmsa(
         temb_weight = temb_bias = None
     weights = (qkv_weight, qkv_bias, temb_weight, temb_bias, proj_weight, proj_bias)
     check_tmsa(x, temb, row, *weights, autocast.is_active(x))
-    row = _row(x.shape[0], temb, row, qkv_bias, temb_weight, temb_bias)
+    row = token_row(linear, x.shape[0], temb, row, qkv_bias, temb_weight, temb_bias)
     out = attend_with_row(
         linear(x, qkv_weight),
         row,
@@ -148,31 +149,8 @@ def attend_with_row(
         return window_attention(qkv, rel_pos_table, **options)
     if row.shape[0] != qkv.shape[0]:
         row = row.repeat_interleave(qkv.shape[0] // row.shape[0], dim=0)
-    q_row, _, v_row = row.chunk(3, dim=1)
+    q_row, _, v_row = thirds(row)
     return window_attention(qkv, rel_pos_table, q_row=q_row, v_row=v_row, **options)
-
-
-def _row(
-    batch: int,
-    temb: Tensor | None,
-    row: Tensor | None,
-    qkv_bias: Tensor | None,
-    temb_weight: Tensor | None,
-    temb_bias: Tensor | None,
-) -> Tensor | None:
-    """(B or b, 3C): what biases and time token add to every token's q, k and v.
-
-    The part of k is computed too: one product is rounded once, and its gradient needs no slices.
-    """
-    biases = [bias for bias in (qkv_bias, temb_bias) if bias is not None]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    if temb is not None and temb_weight is not None:
-        row = linear(temb, temb_weight, bias)
-    elif row is None:
-        return None if bias is None else bias.expand(batch, -1)
-    elif bias is not None:
-        row = row + bias
-    return row
 
 
 def time_rows(temb: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +15,7 @@ import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock
 from diffit_kernels import native
 from diffit_kernels.native import layers
+from tests.block_case import CASES, Case, arguments, run
 from tests.numeric_rule import assert_numeric_rule
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -28,65 +28,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(layers._LEAST_ROWS, torch.float32, 32)
     if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
         pytest.skip("no faster products than PyTorch's for this processor")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A block and what it is called with."""
-
-    batch: int
-    grid: tuple[int, int]
-    window: tuple[int, int]
-    dim: int
-    heads: int
-    temb_dim: int | None = 24
-    qkv_bias: bool = True
-    rel_pos_bias: bool = True
-    mlp_ratio: float = 4
-
-    def block(self, dtype: torch.dtype) -> DiffiTBlock:
-        torch.manual_seed(0)
-        block = DiffiTBlock(
-            self.dim,
-            self.heads,
-            temb_dim=self.temb_dim,
-            window_size=self.window,
-            mlp_ratio=self.mlp_ratio,
-            qkv_bias=self.qkv_bias,
-            rel_pos_bias=self.rel_pos_bias,
-        )
-        for parameter in block.parameters():  # as large as what they are added to
-            if parameter.dim() == 1 or parameter is block.attn.relative_position_bias_table:
-                nn.init.normal_(parameter)
-        return block.to(dtype).requires_grad_(False)
-
-    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(1)
-        shape = (self.batch, self.grid[0] * self.grid[1], self.dim)
-        x = torch.randn(shape, generator=generator).to(dtype) * 2 + 1
-        temb = None
-        if self.temb_dim is not None:
-            temb = torch.randn(self.batch, self.temb_dim, generator=generator).to(dtype)
-        return {"x": x, "temb": temb, "grid_size": self.grid}
-
-
-CASES = [
-    Case(3, (16, 32), (4, 8), 64, 2),  # a row of windows in a part
-    Case(2, (32, 8), (2, 4), 96, 4, temb_dim=19),  # some rows of windows of a sample
-    Case(25, (4, 4), (2, 2), 32, 1),  # eight and nine samples
-    Case(9, (4, 4), (2, 2), 32, 1, temb_dim=7, qkv_bias=False),  # all samples
-    Case(5, (3, 11), (3, 11), 64, 8, rel_pos_bias=False),  # rows of a product left over
-    Case(2, (7, 7), (1, 7), 32, 2, temb_dim=None, mlp_ratio=1),
-    Case(1, (16, 16), (16, 16), 64, 1, temb_dim=None, qkv_bias=False),
-    Case(1, (10, 26), (5, 13), 544, 17, mlp_ratio=2),  # long sums
-    Case(2, (17, 8), (1, 8), 32, 1),  # parts would be too small
-    Case(1, (27, 27), (27, 27), 576, 18, mlp_ratio=1),  # and too large
-]
-
-
-def run(block: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return block(**inputs)
 
 
 def runs_at_once(block: nn.Module, inputs: dict[str, Any], call: Callable[..., Any] = run) -> bool:
@@ -253,34 +194,6 @@ def test_gradients_and_autocast_take_the_operators_of_the_layers() -> None:
 # --- the operator itself
 
 
-def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """Of ``torch.ops.diffit.block``."""
-    block, inputs = case.block(dtype), case.inputs(dtype)
-    attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
-    return {
-        "x": inputs["x"],
-        "temb": inputs["temb"],
-        "row": None,
-        "qkv_weight": attn.qkv.weight,
-        "qkv_bias": attn.qkv.bias,
-        "temb_weight": attn.qkv_temb.weight,
-        "temb_bias": attn.qkv_temb.bias,
-        "rel_pos_table": attn.relative_position_bias_table.float(),
-        "proj_weight": attn.proj.weight,
-        "proj_bias": attn.proj.bias,
-        "fc1_weight": fc1.weight,
-        "fc1_bias": fc1.bias,
-        "fc2_weight": fc2.weight,
-        "fc2_bias": fc2.bias,
-        "num_heads": case.heads,
-        "window_size": case.window,
-        "grid_size": case.grid,
-        "scale": attn.scale,
-        "eps1": 1e-6,
-        "eps2": 1e-6,
-    }
-
-
 def test_operations_are_counted_as_those_of_the_layers() -> None:
     with FlopCounterMode(display=False) as counter:
         BLOCK(**arguments(CASES[0], torch.float32))
@@ -292,7 +205,10 @@ def test_operations_are_counted_as_those_of_the_layers() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    torch.library.opcheck(BLOCK, (), arguments(CASES[0], dtype))
+    call = arguments(CASES[0], dtype)
+    torch.library.opcheck(BLOCK, (), call)
+    tensors = {k: v.requires_grad_() for k, v in call.items() if isinstance(v, Tensor)}
+    torch.library.opcheck(BLOCK, (), call | tensors | {"save": True})
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = {
@@ -380,8 +296,8 @@ def test_classes_may_be_patched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gradient_is_refused() -> None:
     call = arguments(CASES[0], torch.float32)
     call["x"].requires_grad_()
-    y = BLOCK(**call)
-    with pytest.raises(RuntimeError, match="diffit::block has no derivative: it is"):
+    y, _ = BLOCK(**call)
+    with pytest.raises(RuntimeError, match="diffit::block has no derivative: it was called with"):
         y.sum().backward()
 
 

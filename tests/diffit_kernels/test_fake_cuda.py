@@ -22,6 +22,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 import diffit_kernels as dk
 from diffit.nn import DiffiTBlock
+from diffit_kernels.block import Saved, Weights
+from diffit_kernels.ops.block import is_fused
 from tests.cuda_emulator.build import compiler
 
 BATCH, GRID, WINDOW, HEADS, WIDTH = 3, (6, 10), (3, 5), 2, 24
@@ -40,6 +42,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for name in ("add_layer_norm", "layer_norm", "mlp", "window_attention"):
         monkeypatch.setattr(import_module(f"diffit_kernels.ops.{name}"), "select", refuse)
+    monkeypatch.setattr(import_module("diffit_kernels.block"), "select", refuse)
     with FakeTensorMode(), torch.no_grad():
         yield
 
@@ -102,6 +105,65 @@ def test_layer_norm(dtype: torch.dtype) -> None:
     n = ops.layer_norm(x, dtype, 1e-6)
     assert_is(n, *x.shape, dtype=dtype)
     assert_is(ops.layer_norm_backward(n, x, 1e-6), *x.shape, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("stream", [torch.float32, None], ids=str)
+@pytest.mark.parametrize("present", [True, False])
+def test_block(dtype: torch.dtype, stream: torch.dtype | None, present: bool) -> None:
+    x = fake(TOKENS, BATCH, DIM, dtype=stream or dtype).transpose(0, 1)
+    shapes = [(BATCH, TEMB), None, (3 * DIM, DIM), (3 * DIM,), (3 * DIM, TEMB), (3 * DIM,)]
+    shapes = [size if present or size == (3 * DIM, DIM) else None for size in shapes]
+    given = [None if size is None else fake(*size, dtype=dtype) for size in shapes]
+    table = fake((2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1), HEADS) if present else None
+    shapes = [(DIM, DIM), (DIM,), (99, DIM), (99,), (DIM, 99), (DIM,)]
+    inputs = [x, *given, table, *(fake(*size, dtype=dtype) for size in shapes)]
+    sizes = (HEADS, WINDOW, GRID, 0.2, 1e-6, 1e-6)
+    y, saved = ops.block(*inputs, *sizes, False)
+    assert_is(y, BATCH, TOKENS, DIM, dtype=x.dtype)
+    assert not saved
+    y, saved = ops.block(*inputs, *sizes, True)
+    assert_is(y, BATCH, TOKENS, DIM, dtype=x.dtype)
+    kept = Saved(*saved)
+    assert_is(kept.row, *((BATCH, 3 * DIM) if present else (0,)), dtype=dtype)
+    assert_is(kept.qkv, BATCH, TOKENS, 3 * DIM, dtype=dtype)
+    assert_is(kept.attention, BATCH, TOKENS, DIM, dtype=dtype)
+    assert_is(kept.lse, BATCH, HEADS, TOKENS, dtype=torch.float32)
+    assert_is(kept.s, BATCH, TOKENS, DIM, dtype=x.dtype)
+    assert_is(kept.hidden, BATCH * TOKENS, 99, dtype=dtype)
+    grads = ops.block_backward(y, saved, inputs, *sizes, True)
+    for grad, tensor in zip(grads, inputs, strict=True):
+        if tensor is None:
+            assert grad.numel() == 0
+        else:
+            assert_like((grad,), (tensor,))
+
+
+def test_when_a_block_is_one_operator() -> None:
+    """In inference, and in training where all weights or none are trained."""
+    x = fake(BATCH, TOKENS, DIM)
+    weights = Weights(*[fake(3) for _ in Weights._fields])
+
+    def fused(x: Tensor = x) -> bool:
+        return is_fused(x, weights, HEADS, WINDOW)
+
+    assert fused()
+    assert not fused(fake(TOKENS, DIM))
+    with torch.enable_grad():
+        assert fused()
+        weights.proj.requires_grad = True
+        assert not fused()
+        for weight in weights:
+            weight.requires_grad = True
+        assert fused()
+    # torch.autocast leaves it off where there is no device
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        taken = [fused(fake(BATCH, TOKENS, DIM, dtype=dtype)) for dtype in (*DTYPES, torch.float64)]
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+    assert taken == [True, True, False, True]
 
 
 def test_time_rows(dtype: torch.dtype) -> None:
