@@ -75,7 +75,10 @@ def block(
         attention, qkv, weights.rel_pos_table, q_row, v_row, scale
     )
     projected = products.linear(attended.view(rows), weights.proj, weights.proj_bias)
-    s, normed = norms.add_layer_norm(norm, x, projected.view(shape), eps[1])
+    projected = projected.view(shape)
+    if not save and hasattr(norms, "add_layer_norm_mlp"):
+        return norms.add_layer_norm_mlp(norm, perceptron, x, projected, eps[1], *weights[7:]), None
+    s, normed = norms.add_layer_norm(norm, x, projected, eps[1])
     y, hidden = select(perceptron).mlp(perceptron, normed, *weights[7:], s, save)
     return y, None if hidden is None else Saved(row, qkv, attended, lse, s, hidden)
 

@@ -22,6 +22,7 @@ try:
         layer_norm_backward,
     )
     from diffit_kernels.triton.attention import window_attention, window_attention_backward
+    from diffit_kernels.triton.block import add_layer_norm_mlp
     from diffit_kernels.triton.mlp import mlp, mlp_backward
 
     _interpreted = triton.knobs.runtime.interpret
@@ -31,6 +32,7 @@ except ImportError as error:
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
+    "add_layer_norm_mlp",
     "layer_norm",
     "layer_norm_backward",
     "mlp",

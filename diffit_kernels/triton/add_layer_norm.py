@@ -45,6 +45,7 @@ def _normalize(s, inside, features, eps):
 def forward(
     x,
     y,
+    bias,
     s,
     n,
     x_stride,
@@ -55,7 +56,7 @@ def forward(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``add_layer_norm`` on ROWS rows; without y and s ``layer_norm``."""
+    """``add_layer_norm`` on ROWS rows; without y and s ``layer_norm``. s gets the bias as well."""
     row, column, inside = _inside(rows, features, ROWS, BLOCK_C)
     total = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if y is not None:
@@ -63,6 +64,8 @@ def forward(
     normed, _ = _normalize(total, inside, features, eps)
     out = row * features + column
     if s is not None:
+        if bias is not None:
+            total += tl.load(bias + column, mask=column < features, other=0.0).to(tl.float32)
         tl.store(s + out, total, mask=inside)
     tl.store(n + out, normed, mask=inside)
 
@@ -101,12 +104,16 @@ def add_layer_norm(
     x: Tensor,
     y: Tensor,
     eps: float,
+    bias: Tensor | None = None,
     *,
     configs: Configs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones."""
+    """As the reference. ``configs`` gives the parameters of kernels in place of the tuned ones.
+
+    A ``bias`` (C,) is added to s alone, before it is rounded; n is still that of x + y.
+    """
     s = x.new_empty(x.shape)
-    return s, _norm(problem, x, y, s, eps, configs)
+    return s, _norm(problem, x, y, bias, s, eps, configs)
 
 
 def add_layer_norm_backward(
@@ -126,7 +133,7 @@ def layer_norm(
     problem: AddLayerNormProblem, x: Tensor, eps: float, *, configs: Configs | None = None
 ) -> Tensor:
     """As the reference; with the parameters of ``add_layer_norm``."""
-    return _norm(problem, x, None, None, eps, configs)
+    return _norm(problem, x, None, None, None, eps, configs)
 
 
 def layer_norm_backward(
@@ -145,16 +152,18 @@ def _norm(
     problem: AddLayerNormProblem,
     x: Tensor,
     y: Tensor | None,
+    bias: Tensor | None,
     s: Tensor | None,
     eps: float,
     configs: Configs | None,
 ) -> Tensor:
-    """n of x, or of x + y, which is written to s."""
+    """n of x, or of x + y, which is written to s, with the bias if there is one."""
     n = x.new_empty(x.shape, dtype=problem.y_dtype)
     x, y = as_rows(x), None if y is None else as_rows(y)
     config = _config("add_layer_norm", problem, x, configs)
     strides = (x.stride(0), 0 if y is None else y.stride(0))
-    _launch(forward, problem, (x, y, s, n), strides, eps, config)
+    bias = None if bias is None else bias.contiguous()
+    _launch(forward, problem, (x, y, bias, s, n), strides, eps, config)
     return n
 
 

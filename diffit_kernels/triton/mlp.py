@@ -254,6 +254,23 @@ def mlp(
     return y.view(*x.shape[:-1], problem.out_features), hidden
 
 
+def adds_in_place(problem: MLPProblem, device: torch.device) -> bool:
+    """Whether ``add_mlp`` takes no pass to add: where the second product is PyTorch's."""
+    kernel, rows, features = "mlp_bias", problem.rows, problem.out_features
+    if problem.dtype == torch.float32:
+        return True
+    return choose(kernel, device, problem.dtype.itemsize, rows=rows, features=features) == CUBLASLT
+
+
+def add_mlp(
+    s: Tensor, x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor
+) -> Tensor:
+    """``gelu(x W1^T + b1) W2^T + s``, in place of s, in inference."""
+    activation = _activation(as_rows(x), fc1_weight, fc1_bias, None, None)
+    as_rows(s).addmm_(activation, fc2_weight.t())
+    return s
+
+
 def _activation(
     x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor | None, configs: Configs | None
 ) -> Tensor:

@@ -111,6 +111,7 @@ def launches(entries: list[Entry]) -> dict[str, Callable[[], None]]:
     for shape in sorted(shapes):
         for dtype in (torch.bfloat16, torch.float32):
             calls[f"{name_of(shape)}-{name_of(dtype)}"] = partial(_launch, shape, dtype, dtype)
+    calls["bias"] = partial(_launch, (16384, 1152), torch.bfloat16, torch.bfloat16, bias=True)
     calls["autocast"] = partial(_launch, (16384, 1152), torch.float32, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         calls[f"alone-{name_of(dtype)}"] = partial(_launch_alone, (16384, 1152), dtype, dtype)
@@ -118,10 +119,12 @@ def launches(entries: list[Entry]) -> dict[str, Callable[[], None]]:
     return calls
 
 
-def _launch(shape: tuple[int, int], dtype: torch.dtype, y_dtype: torch.dtype) -> None:
+def _launch(
+    shape: tuple[int, int], dtype: torch.dtype, y_dtype: torch.dtype, bias: bool = False
+) -> None:
     x, y = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=y_dtype)
     problem = AddLayerNormProblem.from_tensors(x, y, 1e-6)
-    backend.add_layer_norm(problem, x, y, 1e-6)
+    backend.add_layer_norm(problem, x, y, 1e-6, y[0] if bias else None)
     backend.add_layer_norm_backward(problem, x, y, x, 1e-6)
 
 
