@@ -121,8 +121,8 @@ void linear(const LinearShape& shape, Address x, Address weight, Address bias, A
     diffit::linear(p, w, static_cast<int>(shape[5]));
 }
 
-// rows, in_features, out_features, dtype, threads
-using WeightShape = std::array<int64_t, 5>;
+// rows, in_features, out_features, dtype, dtype of the gradient, threads
+using WeightShape = std::array<int64_t, 6>;
 
 void weight_gradient(const WeightShape& shape, Address grad_y, Address x, Address grad_weight,
                      Address grad_bias) {
@@ -131,11 +131,12 @@ void weight_gradient(const WeightShape& shape, Address grad_y, Address x, Addres
     g.k = shape[1];
     g.n = shape[2];
     g.dtype = static_cast<diffit::DType>(shape[3]);
+    g.grad_dtype = static_cast<diffit::DType>(shape[4]);
     g.grad_y = pointer<void>(grad_y);
     g.x = pointer<void>(x);
     g.grad_weight = pointer<void>(grad_weight);
     g.grad_bias = pointer<float>(grad_bias);
-    diffit::weight_gradient(g, static_cast<int>(shape[4]));
+    diffit::weight_gradient(g, static_cast<int>(shape[5]));
 }
 
 // rows, in_features, hidden_features, out_features, dtype, dtype of y, threads

@@ -42,11 +42,12 @@ def linear(
     return out
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, in their dtype."""
+def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``a b``, in their dtype, in ``out`` if given."""
     if not are_slow(a.dtype, a.device.type):
-        return torch.mm(a, b)
-    return torch.mm(a.float(), b.float()).to(a.dtype)
+        return torch.mm(a, b, out=out)
+    product = torch.mm(a.float(), b.float())
+    return product.to(a.dtype) if out is None else out.copy_(product)
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:

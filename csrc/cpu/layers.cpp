@@ -257,9 +257,10 @@ void weight_gradient(WeightGradient g, int threads) {
     longer = std::max(longer, std::min(parts(2 * threads, others),
                                        std::max(g.n, g.k) / (2 * linear_block)));
 
-    const bool whole = g.row_parts == 1 && (floats || g.rows <= g.chunk);
+    const bool whole =
+        g.row_parts == 1 && (g.grad_dtype == DType::float32 || g.rows <= g.chunk);
     Scratch sums, bias_sums;
-    g.sum_dtype = whole ? g.dtype : DType::float32;
+    g.sum_dtype = whole ? g.grad_dtype : DType::float32;
     g.sums = whole ? g.grad_weight : sums.reserve(g.row_parts * g.n * g.k * sizeof(float));
     g.bias_sums = reinterpret_cast<double*>(bias_sums.reserve(g.row_parts * g.n * sizeof(double)));
     for_each_item(k, g.row_parts * g.n_parts * g.k_parts, k.weight_gradient_scratch(g), 0, threads,

@@ -85,9 +85,9 @@ struct Linear {
 // grad_weight = grad_y^T x, and the sum of grad_y's rows.
 struct WeightGradient {
     int64_t rows, n, k;  // multiples of linear_block
-    DType dtype;
+    DType dtype, grad_dtype;
     const void *grad_y, *x;  // (rows, n), (rows, k)
-    void* grad_weight;       // (n, k)
+    void* grad_weight;       // (n, k), in grad_dtype, that of the others or float32
     float* grad_bias;        // (n,) or null
 
     int64_t row_parts, n_parts, k_parts;  // into which it is cut

@@ -101,7 +101,11 @@ struct WeightGradientKernel : LinearKernel<T> {
             vf sum = load(sums + c, lanes);
             for (int64_t part = 1; part < p.row_parts; ++part)
                 sum += load(sums + part * p.n * p.k + c, lanes);
-            store(static_cast<T*>(p.grad_weight) + row * p.k + c, sum, lanes);
+            const int64_t at = row * p.k + c;
+            if (p.grad_dtype == DType::float32)
+                store(static_cast<float*>(p.grad_weight) + at, sum, lanes);
+            else
+                store(static_cast<T*>(p.grad_weight) + at, sum, lanes);
         });
     }
 };

@@ -15,9 +15,10 @@ from diffit_kernels.native.attention import shape_of
 from diffit_kernels.native.library import DTYPES, optional, pointer
 from diffit_kernels.problem import MLPProblem, WindowAttentionProblem
 
-# About how much of the hidden layer of an MLP exists at once in inference: little enough to stay in
-# cache between the products, and for the C library to reuse the memory instead of returning it to
-# the system. It grows with the weights, which the products read anew for each part.
+# About how much of the hidden layer of an MLP exists at once in inference, and of its gradient:
+# little enough to stay in cache between the products, and for the C library to reuse the memory
+# instead of returning it to the system. It grows with the weights, which the products read anew
+# for each part.
 _HIDDEN_BYTES = 8 * 2**20
 
 # A factor of all features that the kernels of linear layers take.
@@ -51,11 +52,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return products.linear(x, weight, bias)
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, in their dtype."""
+def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``a b``, in their dtype, in ``out`` if given, which is contiguous."""
     if has_product(a.dtype, a.shape[0], *b.shape):
-        return _linear(a, b.contiguous(), None, b.shape[1], transposed=True)
-    return products.mm(a, b)
+        return _linear(a, b.contiguous(), None, b.shape[1], transposed=True, out=out)
+    return products.mm(a, b, out=out)
 
 
 def has_weight_gradient(dtype: torch.dtype, *sizes: int) -> bool:
@@ -65,33 +66,42 @@ def has_weight_gradient(dtype: torch.dtype, *sizes: int) -> bool:
     return _are_whole_blocks(sizes)
 
 
-def weight_gradient(grad_y: Tensor, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
+def weight_gradient(
+    grad_y: Tensor, x: Tensor, bias: bool = True, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """``grad_y^T x``, and unless without ``bias`` the sum of grad_y's rows.
 
-    (rows, N), (rows, K) -> (N, K), (N,)
+    (rows, N), (rows, K) -> (N, K), (N,), in their dtype; or in ``dtype`` float32, where
+    ``has_weight_gradient``.
     """
     (rows, columns), features = grad_y.shape, x.shape[1]
     if not has_weight_gradient(x.dtype, rows, columns, features):
         return products.weight_gradient(grad_y, x, bias)
+    dtype = dtype or x.dtype
     grad_y, x = grad_y.contiguous(), x.contiguous()
-    grad_weight = x.new_empty(columns, features)
+    grad_weight = x.new_empty(columns, features, dtype=dtype)
     grad_bias = torch.empty(columns, dtype=torch.float32) if bias else None
     library.kernels.weight_gradient(
-        (rows, features, columns, DTYPES[x.dtype], torch.get_num_threads()),
+        (rows, features, columns, DTYPES[x.dtype], DTYPES[dtype], torch.get_num_threads()),
         grad_y.data_ptr(),
         x.data_ptr(),
         grad_weight.data_ptr(),
         pointer(grad_bias),
     )
-    return (grad_weight,) if grad_bias is None else (grad_weight, grad_bias.to(x.dtype))
+    return (grad_weight,) if grad_bias is None else (grad_weight, grad_bias.to(dtype))
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    transposed: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """With ``transposed`` the weight is (K, N)."""
     x, bias = x.contiguous(), optional(bias)
-    y = x.new_empty(x.shape[0], columns)
+    y = x.new_empty(x.shape[0], columns) if out is None else out
     library.kernels.linear(
         (*x.shape, columns, DTYPES[x.dtype], transposed, torch.get_num_threads()),
         x.data_ptr(),
@@ -122,6 +132,13 @@ def mlp(
     fused = has_product(problem.dtype, problem.rows, *features)
     hidden = (_fused_mlp if fused else _mlp_in_parts)(problem, y, save_hidden, *inputs)
     return y.reshape(*x.shape[:-1], problem.out_features), hidden
+
+
+def _rows_of_a_part(fc1_weight: Tensor) -> int:
+    """Rows of the hidden layer that are computed at once where it is taken in parts."""
+    row_bytes = fc1_weight.shape[0] * fc1_weight.itemsize
+    rows = max(_HIDDEN_BYTES, 2 * fc1_weight.nbytes) // row_bytes
+    return max(rows // _LINEAR_BLOCK, 1) * _LINEAR_BLOCK
 
 
 def _fused_mlp(
@@ -158,22 +175,20 @@ def _mlp_in_parts(
     fc2_bias: Tensor,
     residual: Tensor | None,
 ) -> Tensor | None:
-    """The same; GELU runs in place on a part of the hidden layer where none is saved.
+    """The same, some rows after the others; GELU runs in place where no hidden layer is saved.
 
     The residual is added to a part of the result that is still in cache, and not as the start of
     the second product: residual + bias, rounded, would have the error of the larger of the two.
     """
-    bias = fc1_bias.contiguous()
-    step = problem.rows
-    if not save_hidden:
-        part_bytes = max(_HIDDEN_BYTES, 2 * fc1_weight.nbytes)
-        step = min(step, max(1, part_bytes // (problem.hidden_features * x.itemsize)))
-    hidden = x.new_empty(step, problem.hidden_features)
-    activation = torch.empty_like(hidden) if save_hidden else hidden
+    bias, step = fc1_bias.contiguous(), min(problem.rows, _rows_of_a_part(fc1_weight))
+    saved = x.new_empty(problem.rows, problem.hidden_features) if save_hidden else None
+    memory = x.new_empty(step, problem.hidden_features)
     for start in range(0, problem.rows, step):
         part = slice(start, start + step)
         rows = min(step, problem.rows - start)
-        products.linear(x[part], fc1_weight, out=hidden[:rows])
+        activation = memory[:rows]
+        hidden = activation if saved is None else saved[part]
+        products.linear(x[part], fc1_weight, out=hidden)
         library.kernels.bias_gelu(
             (rows, problem.hidden_features, DTYPES[problem.dtype], torch.get_num_threads()),
             hidden.data_ptr(),
@@ -181,11 +196,11 @@ def _mlp_in_parts(
             activation.data_ptr(),
         )
         if residual is None:
-            products.linear(activation[:rows], fc2_weight, fc2_bias, out=y[part])
+            products.linear(activation, fc2_weight, fc2_bias, out=y[part])
         else:
-            added = products.linear(activation[:rows], fc2_weight, fc2_bias)
+            added = products.linear(activation, fc2_weight, fc2_bias)
             torch.add(residual[part], added, out=y[part])
-    return hidden if save_hidden else None
+    return saved
 
 
 def mlp_backward(
@@ -198,28 +213,68 @@ def mlp_backward(
     hidden: Tensor,
     weights: bool,
 ) -> tuple[Tensor, ...]:
-    """As the reference; one pass over the hidden layer, in place on the incoming gradient."""
+    """As the reference. Of a large hidden layer some rows after the others."""
     x_rows = x.reshape(problem.rows, -1)
     grad_rows = grad_y.reshape(problem.rows, -1)
-    hidden = hidden.contiguous()
-    grad_hidden = mm(grad_rows, fc2_weight).contiguous()
-    bias = fc1_bias.contiguous()
-    activation = torch.empty_like(hidden)
-    grad_fc1_bias = torch.empty(problem.hidden_features, dtype=torch.float32)
+    hidden, bias = hidden.contiguous(), fc1_bias.contiguous()
+    step, dtype = problem.rows, x.dtype
+    if hidden.nbytes > 2 * _HIDDEN_BYTES and _has_exact_gradients(problem):
+        step, dtype = _rows_of_a_part(fc1_weight), torch.float32
+    grad_x = x.new_empty(x_rows.shape)
+    memory = x.new_empty(2, min(step, problem.rows), problem.hidden_features)
+    sums: tuple[Tensor, ...] = ()
+    for start in range(0, problem.rows, step):
+        part = slice(start, start + step)
+        grads = _backward_of_rows(
+            *(grad_rows[part], x_rows[part], fc1_weight, bias, fc2_weight, hidden[part]),
+            *(memory, grad_x[part], weights, dtype),
+        )
+        sums = tuple(a.add_(b) for a, b in zip(sums, grads, strict=True)) if sums else grads
+    return grad_x.view(x.shape), *(grad.to(x.dtype) for grad in sums)
+
+
+def _has_exact_gradients(problem: MLPProblem) -> bool:
+    """Whether there are sums over rows in float32, so that those of parts can be added."""
+    if problem.dtype == torch.float32:
+        return True
+    features = (problem.in_features, problem.hidden_features, problem.out_features)
+    return has_weight_gradient(problem.dtype, problem.rows, *features)
+
+
+def _backward_of_rows(
+    grad_y: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    hidden: Tensor,
+    memory: Tensor,
+    grad_x: Tensor,
+    weights: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Writes grad_x. With ``weights`` gradients of weights and biases, in ``dtype``.
+
+    One pass over the hidden layer, in place on its gradient.
+    """
+    rows, features = hidden.shape
+    activation, grad_hidden = memory[:, :rows]
+    mm(grad_y, fc2_weight, out=grad_hidden)
+    grad_fc1_bias = torch.empty(features, dtype=torch.float32)
     library.kernels.bias_gelu_backward(
-        (problem.rows, problem.hidden_features, DTYPES[problem.dtype], torch.get_num_threads()),
+        (rows, features, DTYPES[x.dtype], torch.get_num_threads()),
         hidden.data_ptr(),
-        bias.data_ptr(),
+        fc1_bias.data_ptr(),
         activation.data_ptr(),
         grad_hidden.data_ptr(),
         grad_fc1_bias.data_ptr(),
     )
-    grad_x = mm(grad_hidden, fc1_weight).reshape(x.shape)
+    mm(grad_hidden, fc1_weight, out=grad_x)
     if not weights:
-        return (grad_x,)
-    (grad_fc1_weight,) = weight_gradient(grad_hidden, x_rows, bias=False)
-    grad_fc2 = weight_gradient(grad_rows, activation)
-    return grad_x, grad_fc1_weight, grad_fc1_bias.to(x.dtype), *grad_fc2
+        return ()
+    (grad_fc1_weight,) = weight_gradient(grad_hidden, x, bias=False, dtype=dtype)
+    grad_fc2 = weight_gradient(grad_y, activation, dtype=dtype)
+    return grad_fc1_weight, grad_fc1_bias, *grad_fc2
 
 
 def block(

@@ -112,6 +112,18 @@ def test_residual_of_inference_in_parts(
     assert_numeric_rule({"y": y}, {"y": case.plain()["y"]}, {"y": case.truth()["y"]})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "case", [MLPCase((101, 24), 64, 31), MLPCase((128, 32), 64, 32)], ids=name_of
+)
+def test_gradients_in_parts(
+    backend: str, monkeypatch: pytest.MonkeyPatch, case: MLPCase, dtype: torch.dtype
+) -> None:
+    """Of a large hidden layer the CPU kernels take some rows after the others."""
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES", 0)
+    check(replace(case, dtype=dtype))
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("spread", [10.0, 1e4])
