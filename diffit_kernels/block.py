@@ -115,9 +115,8 @@ def block_backward(
             grad_projected, saved.attention.view(rows)
         )
     q_row, _, v_row = thirds(saved.row)
-    grad_qkv, grads["rel_pos_table"], grad_q_row, grad_v_row = select(
-        attention
-    ).window_attention_backward(
+    kernels = select(attention)
+    grad_qkv, grad_table, grad_q_row, grad_v_row = kernels.window_attention_backward(
         *(attention, grad_attended, saved.qkv, weights.rel_pos_table, q_row, v_row),
         *(saved.lse, scale),
     )
@@ -137,10 +136,11 @@ def block_backward(
         grad_row = torch.cat([grad_q_row, torch.zeros_like(grad_q_row), grad_v_row], dim=1)
     if temb is not None and weights.temb is not None:
         grad_temb = products.mm(grad_row, weights.temb)
-        if of_weights:
-            grads["temb"], grads["temb_bias"] = products.weight_gradient(grad_row, temb)
+    if of_weights:
+        grads["rel_pos_table"] = grad_table
+        grads |= zip(("fc1", "fc1_bias", "fc2", "fc2_bias"), of_mlp, strict=True)
     if of_weights and grad_row is not None:
         grads["qkv_bias"] = grad_row.sum(dim=0)
-    if of_weights:
-        grads |= zip(("fc1", "fc1_bias", "fc2", "fc2_bias"), of_mlp, strict=True)
+    if of_weights and temb is not None:
+        grads["temb"], grads["temb_bias"] = products.weight_gradient(grad_row, temb)
     return [grad_x, grad_temb, grad_row, *grads.values()]

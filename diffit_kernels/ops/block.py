@@ -144,8 +144,8 @@ def _forward(
     )
     sizes = (num_heads, window_size, grid_size, scale)
     problem, eps = _problem(x, temb, row, *weights, *sizes, eps1, eps2), (eps1, eps2)
-    hidden = fc1_weight.shape[0]
-    if not save and _has_kernels(x, num_heads, window_size, hidden):
+    hidden, mixed = fc1_weight.shape[0], x.dtype != qkv_weight.dtype
+    if not save and not mixed and _has_kernels(x, num_heads, window_size, hidden):
         return native.block(problem.attention, x, temb, row, weights, hidden, scale, eps), []
     y, saved = layers.block(problem, x, temb, row, weights, scale, eps, save)
     if saved is None:
@@ -252,7 +252,10 @@ def _backward(
         grads = layers.block_backward(
             problem, grad_y, x, temb, kept, weights, scale, (eps1, eps2), of_weights
         )
-    return [x.new_empty(0) if grad is None else grad for grad in grads]
+    return [
+        x.new_empty(0) if grad is None or tensor is None else grad
+        for grad, tensor in zip(grads, inputs, strict=True)
+    ]
 
 
 @remembered

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock
 from diffit_kernels import native
+from diffit_kernels.block import Weights
 from diffit_kernels.native import layers
 from tests.block_case import CASES, Case, arguments, run
 from tests.numeric_rule import assert_numeric_rule
@@ -209,6 +210,35 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(BLOCK, (), call)
     tensors = {k: v.requires_grad_() for k, v in call.items() if isinstance(v, Tensor)}
     torch.library.opcheck(BLOCK, (), call | tensors | {"save": True})
+
+
+def test_opcheck_of_the_gradient() -> None:
+    """With everything, and with nothing that may be absent."""
+    tensors = ("x", "temb", "row", *Weights._fields)
+    for case in (CASES[2], CASES[3]):
+        call = arguments(case, torch.float32) | {"save": True}
+        if case is CASES[3]:
+            call |= dict.fromkeys(("temb", "temb_weight", "temb_bias", "proj_bias"))
+        y, saved = BLOCK(**call)
+        values = list(call.values())
+        inputs, sizes = values[: len(tensors)], values[len(tensors) : -1]
+        for of_weights in (True, False):
+            torch.library.opcheck(
+                torch.ops.diffit.block_backward.default, (y, saved, inputs, *sizes, of_weights)
+            )
+            grads = torch.ops.diffit.block_backward(y, saved, inputs, *sizes, of_weights)
+            for index, (grad, tensor) in enumerate(zip(grads, inputs, strict=True)):
+                there = tensor is not None and (of_weights or index < 3)
+                assert grad.numel() == (tensor.numel() if there else 0)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_stream_of_float32_is_not_read_as_bfloat16() -> None:
+    call, stream = (arguments(CASES[0], dtype) for dtype in (torch.bfloat16, torch.float32))
+    y, _ = BLOCK(**call | {"x": stream["x"]})
+    assert y.dtype == torch.float32
+    expected, _ = BLOCK(**stream)
+    torch.testing.assert_close(y, expected, atol=0.1, rtol=0.1)
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = {
