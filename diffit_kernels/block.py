@@ -31,6 +31,11 @@ class Weights(NamedTuple):
     fc2: Tensor
     fc2_bias: Tensor
 
+    @property
+    def perceptron(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of the MLP."""
+        return self.fc1, self.fc1_bias, self.fc2, self.fc2_bias
+
 
 class Saved(NamedTuple):
     """What the backward pass needs of the forward pass.
@@ -62,25 +67,48 @@ def block(
 
     x, s and the result have one dtype, all else that of the weights.
     """
-    attention, norm, perceptron = problem.attention, problem.norm, problem.perceptron
+    norm, shape = problem.norm, x.shape
     products, norms = select_products(norm.device_type), select(norm)
-    shape, rows = x.shape, (norm.rows, norm.features)
+    attended, saved = _attend(problem, x, temb, row, weights, scale, eps[0], save)
+    projected = products.linear(attended, weights.proj, weights.proj_bias).view(shape)
+    del attended
+    if saved is None and hasattr(norms, "add_layer_norm_mlp"):
+        halves = (norm, problem.perceptron, x, projected, eps[1])
+        return norms.add_layer_norm_mlp(*halves, *weights.perceptron), None
+    s, normed = norms.add_layer_norm(norm, x, projected, eps[1])
+    del projected
+    y, hidden = select(problem.perceptron).mlp(
+        problem.perceptron, normed, *weights.perceptron, s, save
+    )
+    return y, None if saved is None or hidden is None else Saved(*saved, s, hidden)
 
-    normed = norms.layer_norm(norm, x, eps[0])
-    qkv = products.linear(normed.view(rows), weights.qkv).view(*shape[:2], 3 * norm.features)
+
+def _attend(
+    problem: BlockProblem,
+    x: Tensor,
+    temb: Tensor | None,
+    row: Tensor | None,
+    weights: Weights,
+    scale: float,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor, Tensor, Tensor] | None]:
+    """Attention (B L, C) before its projection, and the first four of ``Saved``.
+
+    Whatever is not saved ends with this call: in inference it would be most of the memory.
+    """
+    attention, norm = problem.attention, problem.norm
+    products = select_products(norm.device_type)
+    normed = select(norm).layer_norm(norm, x, eps).view(norm.rows, norm.features)
+    qkv = products.linear(normed, weights.qkv).view(*x.shape[:2], 3 * norm.features)
+    del normed
     of_token = (weights.qkv_bias, weights.temb, weights.temb_bias)
-    row = token_row(products.linear, shape[0], temb, row, *of_token)
+    row = token_row(products.linear, x.shape[0], temb, row, *of_token)
     q_row, _, v_row = thirds(row)
-    attended, lse = select(attention).window_attention(
+    out, lse = select(attention).window_attention(
         attention, qkv, weights.rel_pos_table, q_row, v_row, scale
     )
-    projected = products.linear(attended.view(rows), weights.proj, weights.proj_bias)
-    projected = projected.view(shape)
-    if not save and hasattr(norms, "add_layer_norm_mlp"):
-        return norms.add_layer_norm_mlp(norm, perceptron, x, projected, eps[1], *weights[7:]), None
-    s, normed = norms.add_layer_norm(norm, x, projected, eps[1])
-    y, hidden = select(perceptron).mlp(perceptron, normed, *weights[7:], s, save)
-    return y, None if hidden is None else Saved(row, qkv, attended, lse, s, hidden)
+    return out.view(norm.rows, norm.features), (row, qkv, out, lse) if save else None
 
 
 def block_backward(

@@ -105,7 +105,6 @@ def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         "scale": attn.scale,
         "eps1": 1e-6,
         "eps2": 1e-6,
-        "save": False,
     }
 
 

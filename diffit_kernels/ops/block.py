@@ -34,6 +34,7 @@ from diffit_kernels.problem import (
     remembered,
     require_floating,
     require_like,
+    require_rows,
     require_shape,
     require_tensor,
 )
@@ -90,31 +91,34 @@ def block(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``tmsa`` and ``mlp``.
     """
+    require_rows("x", x)
+    if not isinstance(scale, int | float | None):
+        raise TypeError(f"scale: expected a number or None, got {scale!r}")
     window = as_pair("window_size", window_size)
     if temb is None:
         weights = weights._replace(temb=None, temb_bias=None)
     if weights.rel_pos_table is not None:
         weights = weights._replace(rel_pos_table=as_table(weights.rel_pos_table, x.dtype))
     tensors = (x, temb, row, *weights)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = _forward(
-        *tensors,
+    sizes = (
         num_heads,
         window,
         as_grid(grid_size, x.shape[1], window),
-        (x.shape[2] // num_heads) ** -0.5 if scale is None else scale,
-        *eps,
-        save,
+        (x.shape[2] // num_heads) ** -0.5 if scale is None else float(scale),
+        *map(float, eps),
     )
-    return y
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y, *_ = _training(*tensors, *sizes)
+        return y
+    return _inference(*tensors, *sizes)
 
 
-# The inputs of the operator that are tensors: x, temb, row and the weights.
+# The arguments of the operators that are tensors: x, temb, row and the weights.
 _TENSORS = 3 + len(Weights._fields)
 
 
 @operator("block")
-def _forward(
+def _inference(
     x: Tensor,
     temb: Tensor | None,
     row: Tensor | None,
@@ -135,27 +139,58 @@ def _forward(
     scale: float,
     eps1: float,
     eps2: float,
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The result, and if ``save`` what ``Saved`` names; a row that is not there has no elements."""
+) -> Tensor:
     weights = Weights(
         *(qkv_weight, qkv_bias, temb_weight, temb_bias, rel_pos_table, proj_weight, proj_bias),
         *(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
     )
-    sizes = (num_heads, window_size, grid_size, scale)
-    problem, eps = _problem(x, temb, row, *weights, *sizes, eps1, eps2), (eps1, eps2)
+    sizes = (num_heads, window_size, grid_size, scale, eps1, eps2)
+    problem, eps = _problem(x, temb, row, *weights, *sizes), (eps1, eps2)
     hidden, mixed = fc1_weight.shape[0], x.dtype != qkv_weight.dtype
-    if not save and not mixed and _has_kernels(x, num_heads, window_size, hidden):
-        return native.block(problem.attention, x, temb, row, weights, hidden, scale, eps), []
-    y, saved = layers.block(problem, x, temb, row, weights, scale, eps, save)
-    if saved is None:
-        return y, []
-    of_row, *others = saved
+    if not mixed and _has_kernels(x, num_heads, window_size, hidden):
+        return native.block(problem.attention, x, temb, row, weights, hidden, scale, eps)
+    y, _ = layers.block(problem, x, temb, row, weights, scale, eps, save=False)
+    return y
+
+
+@operator("block_training")
+def _training(
+    x: Tensor,
+    temb: Tensor | None,
+    row: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temb_weight: Tensor | None,
+    temb_bias: Tensor | None,
+    rel_pos_table: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    num_heads: int,
+    window_size: Sequence[int],
+    grid_size: Sequence[int],
+    scale: float,
+    eps1: float,
+    eps2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what ``Saved`` names; a row that is not there has no elements."""
+    weights = Weights(
+        *(qkv_weight, qkv_bias, temb_weight, temb_bias, rel_pos_table, proj_weight, proj_bias),
+        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+    )
+    sizes = (num_heads, window_size, grid_size, scale, eps1, eps2)
+    problem = _problem(x, temb, row, *weights, *sizes)
+    y, saved = layers.block(problem, x, temb, row, weights, scale, (eps1, eps2), save=True)
+    assert saved is not None
+    of_row = saved.row
     if of_row is None:
         of_row = saved.qkv.new_empty(0)
     elif temb is None and (row is None or qkv_bias is None):
         of_row = of_row.clone(memory_format=torch.contiguous_format)  # it is an input
-    return y, [of_row, *others]
+    return y, of_row, saved.qkv, saved.attention, saved.lse, saved.s, saved.hidden
 
 
 @remembered
@@ -218,18 +253,59 @@ def _saved_like(problem: BlockProblem) -> list[tuple[tuple[int, ...], torch.dtyp
     ]
 
 
-@_forward.register_fake
-def _forward_fake(x: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
-    *arguments, save = others
-    saved = _saved_like(_problem(x, *arguments)) if save else []
-    return x.new_empty(x.shape), [x.new_empty(size, dtype=dtype) for size, dtype in saved]
+@_inference.register_fake
+def _inference_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_training.register_fake
+def _training_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    saved = _saved_like(_problem(x, *arguments))
+    return x.new_empty(x.shape), *(x.new_empty(size, dtype=dtype) for size, dtype in saved)
+
+
+# Of x, temb, row and the weights.
+_Gradients = tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]
 
 
 @operator("block_backward")
 def _backward(
     grad_y: Tensor,
-    saved: Sequence[Tensor],
-    inputs: Sequence[Tensor | None],
+    saved_row: Tensor,
+    saved_qkv: Tensor,
+    saved_attention: Tensor,
+    saved_lse: Tensor,
+    saved_s: Tensor,
+    saved_hidden: Tensor,
+    x: Tensor,
+    temb: Tensor | None,
+    row: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temb_weight: Tensor | None,
+    temb_bias: Tensor | None,
+    rel_pos_table: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
     num_heads: int,
     window_size: Sequence[int],
     grid_size: Sequence[int],
@@ -237,25 +313,27 @@ def _backward(
     eps1: float,
     eps2: float,
     of_weights: bool,
-) -> list[Tensor]:
-    """Gradients of the inputs, the tensors of ``block``; those of absent ones have no elements.
+) -> _Gradients:
+    """Gradients of the tensors of ``block``; those of absent ones have no elements.
 
     Without ``of_weights`` those of the weights have none either.
     """
+    saved = (saved_row, saved_qkv, saved_attention, saved_lse, saved_s, saved_hidden)
+    weights = Weights(
+        *(qkv_weight, qkv_bias, temb_weight, temb_bias, rel_pos_table, proj_weight, proj_bias),
+        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+    )
+    inputs = (x, temb, row, *weights)
     sizes = (num_heads, window_size, grid_size, scale, eps1, eps2)
     problem = _backward_problem(grad_y, *saved, *inputs, *sizes)
-    x, temb, _, *others = inputs
-    assert x is not None  # or it had no problem
-    weights = Weights._make(others)
-    kept = Saved(saved[0] if problem.has_row else None, *saved[1:])
+    kept = Saved(saved_row if problem.has_row else None, *saved[1:])
     with autocast.disabled(x):
         grads = layers.block_backward(
             problem, grad_y, x, temb, kept, weights, scale, (eps1, eps2), of_weights
         )
-    return [
-        x.new_empty(0) if grad is None or tensor is None else grad
-        for grad, tensor in zip(grads, inputs, strict=True)
-    ]
+    none = x.new_empty
+    present = zip(grads, inputs, strict=True)
+    return tuple(none(0) if g is None or t is None else g for g, t in present)  # type: ignore[return-value]
 
 
 @remembered
@@ -267,52 +345,47 @@ def _backward_problem(grad_y: Described, *arguments: Any) -> BlockProblem:
     require_like("grad_y", grad_y, x.dtype, x)
     require_shape("grad_y", grad_y, tuple(x.shape))
     for name, tensor, (size, dtype) in zip(Saved._fields, saved, _saved_like(problem), strict=True):
-        require_like(f"saved {name}", tensor, dtype, x)
-        require_shape(f"saved {name}", tensor, size)
+        require_like(f"saved_{name}", tensor, dtype, x)
+        require_shape(f"saved_{name}", tensor, size)
     return problem
 
 
 @_backward.register_fake
-def _backward_fake(
-    grad_y: Tensor, saved: Sequence[Tensor], inputs: Sequence[Tensor | None], *others: Any
-) -> list[Tensor]:
-    of_weights = others[-1]
-    wanted = [*inputs[:3], *(tensor if of_weights else None for tensor in inputs[3:])]
-    return [
-        grad_y.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in wanted
-    ]
+def _backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs = arguments[len(Saved._fields) :][:_TENSORS]
+    of_weights = arguments[-1]
+    wanted = inputs if of_weights else (*inputs[:3], *(None for _ in Weights._fields))
+    return tuple(grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    ctx.save_for_backward(*output[1], *inputs[:_TENSORS])
-    ctx.arguments = inputs[_TENSORS:-1]
-    ctx.set_materialize_grads(False)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    saved = output[1:]
+    ctx.save_for_backward(*saved, *inputs[:_TENSORS])
+    ctx.sizes = inputs[_TENSORS:]
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # or zeros would be made for what is saved
 
 
-def _autograd(ctx: Any, grad_y: Tensor | None, _grad_saved: None) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
     if grad_y is None:
         return (None,) * len(needed)
-    tensors = ctx.saved_tensors
-    saved, inputs = tensors[:-_TENSORS], tensors[-_TENSORS:]
-    if not saved:
-        raise RuntimeError("diffit::block has no derivative: it was called with save=False")
-    of_weights = any(needed[3:_TENSORS])
-    grads = _backward(grad_y, list(saved), list(inputs), *ctx.arguments, of_weights)
+    grads = _backward(grad_y, *ctx.saved_tensors, *ctx.sizes, any(needed[3:]))
     present = (grad if need else None for grad, need in zip(grads, needed, strict=False))
-    return *present, *(None,) * (len(needed) - _TENSORS)
+    return *present, *(None for _ in ctx.sizes)
 
 
-_forward.register_autograd(_autograd, _setup_context)
+_inference.register_autograd(refusal="it is for inference")
+_training.register_autograd(_autograd, _setup_context)
 _backward.register_autograd()
-_forward.register_autocast(keep=(0, 3 + Weights._fields.index("rel_pos_table")))
+for _operator in (_inference, _training):
+    _operator.register_autocast(keep=(0, 3 + Weights._fields.index("rel_pos_table")))
 
 
-@register_flop_formula(torch.ops.diffit.block)
+@register_flop_formula([torch.ops.diffit.block, torch.ops.diffit.block_training])
 def _flops(x: Any, temb: Any, row: Any, qkv_weight: Any, *others: Any, **_: Any) -> int:
     """Of the products, from the shapes of the arguments."""
-    _, temb_weight, _, table, proj_weight, _, *perceptron, heads, window, _, _, _, _, _ = others
+    _, temb_weight, _, table, proj_weight, _, *perceptron, heads, window, _, _, _, _ = others
     batch, tokens, dim = x
     projections = 2 * batch * tokens * (prod(qkv_weight) + prod(proj_weight))
     of_token = 0 if temb is None else 2 * batch * prod(temb_weight)
@@ -321,9 +394,10 @@ def _flops(x: Any, temb: Any, row: Any, qkv_weight: Any, *others: Any, **_: Any)
 
 
 @register_flop_formula(torch.ops.diffit.block_backward)
-def _backward_flops(grad_y: Any, saved: Any, inputs: Any, *sizes: Any, **_: Any) -> int:
+def _backward_flops(grad_y: Any, *arguments: Any, **_: Any) -> int:
     """For each product of a layer that for its input and, if asked, for its weights."""
+    *inputs, of_weights = arguments[len(Saved._fields) :]
     batch, tokens, dim = grad_y
-    attention = attention_flops((batch, tokens, 3 * dim), None, None, None, *sizes[:2])
-    products = _flops(*inputs, *sizes) - attention
-    return (2 if sizes[-1] else 1) * products + attention * 5 // 2
+    heads, window = inputs[_TENSORS : _TENSORS + 2]
+    attention = attention_flops((batch, tokens, 3 * dim), None, None, None, heads, window)
+    return (2 if of_weights else 1) * (_flops(*inputs) - attention) + attention * 5 // 2

@@ -6,7 +6,7 @@ backward pass, a tenth of the time of a small layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -76,8 +76,6 @@ class Operator:
     ) -> None:
         """The gradient, as in ``torch.library.register_autograd``; None: asking for it raises."""
         name = self.name
-        # Autograd sees tensors, not those in a list.
-        is_list = str(self.overload._schema.returns[0].type) == "List[Tensor]"
 
         def no_derivative(ctx: Any, *grads: Tensor) -> Any:
             raise RuntimeError(f"diffit::{name} has no derivative: {refusal}")
@@ -96,7 +94,7 @@ class Operator:
                     result = compute(*args)
                 if setup_context is not None:
                     setup_context(ctx, args, result)
-                return tuple(result) if is_list else result
+                return result
 
             methods = {"forward": forward, "backward": backward or no_derivative}
             node: Any = type(
@@ -106,9 +104,6 @@ class Operator:
             )
 
             def record(*args: Any) -> Any:
-                return list(applied(*args)) if is_list else applied(*args)
-
-            def applied(*args: Any) -> Any:
                 if not transforms.are_active():
                     return node.apply(*args)
                 # Tensors are those inside the innermost transform already; ``node.apply`` would ask
@@ -170,15 +165,12 @@ def _is_plain_thread(excluded: int) -> bool:
     )
 
 
-def _are_plain(args: Sequence[Any]) -> bool:
+def _are_plain(args: tuple[Any, ...]) -> bool:
     """Whether arguments have nothing to do in the dispatcher but to be told their gradient."""
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             if torch._C._dispatch_keys(arg).raw_repr() & ~_PLAIN_TENSOR:
-                return False
-        elif kind is list:
-            if not _are_plain(arg):
                 return False
         elif kind not in _PLAIN_TYPES:
             return False

@@ -43,7 +43,8 @@ def launch(
     if addresses % 16:
         kernel[grid](*tensors, *numbers, **constants)
         return
-    key = (kernel.fn, device, numbers, *dtypes, *constants.items())
+    # The grid, because on ROCm it depends on how far addresses may lie apart as well.
+    key = (kernel.fn, device, grid, numbers, *dtypes, *constants.items())
     if found := _compiled.get(key):
         compiled, values = found
         compiled[(*grid, 1, 1)](*tensors, *numbers, *values)

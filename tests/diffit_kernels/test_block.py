@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -13,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock
-from diffit_kernels import native
+from diffit_kernels import native, reference
 from diffit_kernels.block import Weights
 from diffit_kernels.native import layers
 from tests.block_case import CASES, Case, arguments, run
 from tests.numeric_rule import assert_numeric_rule
 
 DTYPES = [torch.float32, torch.bfloat16]
-BLOCK = torch.ops.diffit.block
+BLOCK, TRAINING = torch.ops.diffit.block, torch.ops.diffit.block_training
 
 
 @pytest.fixture
@@ -209,24 +210,22 @@ def test_opcheck(dtype: torch.dtype) -> None:
     call = arguments(CASES[0], dtype)
     torch.library.opcheck(BLOCK, (), call)
     tensors = {k: v.requires_grad_() for k, v in call.items() if isinstance(v, Tensor)}
-    torch.library.opcheck(BLOCK, (), call | tensors | {"save": True})
+    torch.library.opcheck(TRAINING, (), call | tensors)
 
 
 def test_opcheck_of_the_gradient() -> None:
     """With everything, and with nothing that may be absent."""
     tensors = ("x", "temb", "row", *Weights._fields)
     for case in (CASES[2], CASES[3]):
-        call = arguments(case, torch.float32) | {"save": True}
+        call = arguments(case, torch.float32)
         if case is CASES[3]:
             call |= dict.fromkeys(("temb", "temb_weight", "temb_bias", "proj_bias"))
-        y, saved = BLOCK(**call)
-        values = list(call.values())
-        inputs, sizes = values[: len(tensors)], values[len(tensors) : -1]
+        results = TRAINING(**call)
+        inputs = list(call.values())[: len(tensors)]
         for of_weights in (True, False):
-            torch.library.opcheck(
-                torch.ops.diffit.block_backward.default, (y, saved, inputs, *sizes, of_weights)
-            )
-            grads = torch.ops.diffit.block_backward(y, saved, inputs, *sizes, of_weights)
+            all_arguments = (*results, *call.values(), of_weights)
+            torch.library.opcheck(torch.ops.diffit.block_backward.default, all_arguments)
+            grads = torch.ops.diffit.block_backward(*all_arguments)
             for index, (grad, tensor) in enumerate(zip(grads, inputs, strict=True)):
                 there = tensor is not None and (of_weights or index < 3)
                 assert grad.numel() == (tensor.numel() if there else 0)
@@ -235,10 +234,9 @@ def test_opcheck_of_the_gradient() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_a_stream_of_float32_is_not_read_as_bfloat16() -> None:
     call, stream = (arguments(CASES[0], dtype) for dtype in (torch.bfloat16, torch.float32))
-    y, _ = BLOCK(**call | {"x": stream["x"]})
+    y = BLOCK(**call | {"x": stream["x"]})
     assert y.dtype == torch.float32
-    expected, _ = BLOCK(**stream)
-    torch.testing.assert_close(y, expected, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(y, BLOCK(**stream), atol=0.1, rtol=0.1)
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = {
@@ -326,9 +324,36 @@ def test_classes_may_be_patched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gradient_is_refused() -> None:
     call = arguments(CASES[0], torch.float32)
     call["x"].requires_grad_()
-    y, _ = BLOCK(**call)
-    with pytest.raises(RuntimeError, match="diffit::block has no derivative: it was called with"):
+    y = BLOCK(**call)
+    with pytest.raises(RuntimeError, match="diffit::block has no derivative: it is"):
         y.sum().backward()
+
+
+def test_inference_keeps_nothing_that_it_has_used() -> None:
+    """While the MLP runs there are the sum and its norm, beside what was given."""
+    call = arguments(CASES[0], torch.float32)
+    there: list[int] = []
+
+    def sizes() -> dict[int, int]:
+        tensors = [tensor for tensor in gc.get_objects() if type(tensor) is Tensor]
+        return {tensor.data_ptr(): tensor.numel() for tensor in tensors}
+
+    def count(problem: object, *tensors: Any) -> Any:
+        there.append(sum(size for address, size in sizes().items() if address not in before))
+        return real(problem, *tensors)
+
+    real, before = reference.mlp, sizes()
+    with patch.object(reference, "mlp", count), dk.use_backend("reference"):
+        BLOCK(**call)
+    assert there == [2 * call["x"].numel()]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap() -> None:
+    call = arguments(CASES[2], torch.float32)
+    x = torch.stack([call["x"], 2 * call["x"]])
+    got = torch.vmap(lambda x: BLOCK(**call | {"x": x}))(x)
+    torch.testing.assert_close(got, torch.stack([BLOCK(**call | {"x": part}) for part in x]))
 
 
 def test_a_block_that_is_called_wrongly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
+from diffit.nn import DiffiTBlock
 from tests.block_case import CASES, Case, arguments, judge, one_operator, trained
 from tests.cases import DTYPES, Tensors
 
@@ -26,7 +28,7 @@ TRAINED = [
     Case(2, (5, 9), (5, 9), 48, 2, rel_pos_bias=False),
     Case(2, (8, 8), (8, 8), 24, 1, temb_dim=None, qkv_bias=False),
 ]
-BLOCK, BACKWARD = torch.ops.diffit.block, torch.ops.diffit.block_backward
+BLOCK, BACKWARD = torch.ops.diffit.block_training, torch.ops.diffit.block_backward
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -125,13 +127,13 @@ def backward_flops(call: dict[str, Any], needed: set[str]) -> int:
     """Of the operator, where gradients of these arguments are asked for."""
     leaves = {name: call[name].detach().requires_grad_() for name in needed}
     with FlopCounterMode(display=False) as counter:
-        y, _ = BLOCK(**call | leaves)
+        y, *_ = BLOCK(**call | leaves)
         y.backward(torch.ones_like(y))
     return counter.get_flop_counts()["Global"][BACKWARD]
 
 
 def test_operations_are_counted_as_those_of_the_layers() -> None:
-    call = arguments(SMALL, torch.float32) | {"save": True}
+    call = arguments(SMALL, torch.float32)
     tensors = {name for name, value in call.items() if isinstance(value, Tensor)}
     block, inputs = SMALL.block(torch.float32).requires_grad_(), SMALL.inputs(torch.float32)
     for name in ("x", "temb"):
@@ -155,12 +157,12 @@ def forward_of_attention(call: dict[str, Any]) -> int:
 
 def test_only_the_gradients_asked_for() -> None:
     """Every input alone: its gradient is that of the call that asks for all."""
-    call = arguments(SMALL, torch.float32) | {"save": True}
+    call = arguments(SMALL, torch.float32)
     tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
 
     def grads(names: list[str]) -> list[Tensor]:
         leaves = {name: tensors[name].detach().requires_grad_() for name in names}
-        y, _ = BLOCK(**call | leaves)
+        y, *_ = BLOCK(**call | leaves)
         return torch.autograd.grad(y, list(leaves.values()), y.detach())
 
     expected = dict(zip(tensors, grads(list(tensors)), strict=True))
@@ -186,11 +188,45 @@ def test_checkpointed() -> None:
         assert torch.equal(value, expected[name.replace("block.", "")]), name
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("loss", [Tensor.sum, lambda y: y.square().sum()])
+def test_a_second_derivative_is_refused(loss: Callable[[Tensor], Tensor]) -> None:
+    """Also where only what is saved, and not the gradient that comes in, depends on x."""
     block, inputs = SMALL.block(torch.float32), SMALL.inputs(torch.float32)
     inputs["x"].requires_grad_()
     with one_operator(True):
         y = block(**inputs)
-    (grad,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
+    (grad,) = torch.autograd.grad(loss(y), inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="block_backward"):
-        grad.sum().backward()
+        (y.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_in_a_batch() -> None:
+    block, inputs = SMALL.block(torch.float32), SMALL.inputs(torch.float32)
+    x = inputs["x"].requires_grad_()
+    with one_operator(True):
+        y = block(**inputs)
+    grads_y = torch.randn(2, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, grads_y, is_grads_batched=True, retain_graph=True)
+    for grad_y, got in zip(grads_y, batched, strict=True):
+        (expected,) = torch.autograd.grad(y, x, grad_y, retain_graph=True)
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_block_whose_class_is_derived() -> None:
+    """As FSDP2 does it; one that computes something else is called layer by layer."""
+
+    class Sharded(DiffiTBlock):
+        pass
+
+    class Other(DiffiTBlock):
+        def normed(self, x: Tensor) -> Tensor:
+            return 2 * super().normed(x)
+
+    block, inputs = SMALL.block(torch.float32).requires_grad_(), SMALL.inputs(torch.float32)
+    names = []
+    for kind in (DiffiTBlock, Sharded, Other):
+        block.__class__ = kind
+        with one_operator(True):
+            names.append(block(**inputs).grad_fn.name())
+    assert ["block" in name for name in names] == [True, True, False]

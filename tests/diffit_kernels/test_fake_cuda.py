@@ -118,10 +118,8 @@ def test_block(dtype: torch.dtype, stream: torch.dtype | None, present: bool) ->
     shapes = [(DIM, DIM), (DIM,), (99, DIM), (99,), (DIM, 99), (DIM,)]
     inputs = [x, *given, table, *(fake(*size, dtype=dtype) for size in shapes)]
     sizes = (HEADS, WINDOW, GRID, 0.2, 1e-6, 1e-6)
-    y, saved = ops.block(*inputs, *sizes, False)
-    assert_is(y, BATCH, TOKENS, DIM, dtype=x.dtype)
-    assert not saved
-    y, saved = ops.block(*inputs, *sizes, True)
+    assert_is(ops.block(*inputs, *sizes), BATCH, TOKENS, DIM, dtype=x.dtype)
+    y, *saved = ops.block_training(*inputs, *sizes)
     assert_is(y, BATCH, TOKENS, DIM, dtype=x.dtype)
     kept = Saved(*saved)
     assert_is(kept.row, *((BATCH, 3 * DIM) if present else (0,)), dtype=dtype)
@@ -130,7 +128,7 @@ def test_block(dtype: torch.dtype, stream: torch.dtype | None, present: bool) ->
     assert_is(kept.lse, BATCH, HEADS, TOKENS, dtype=torch.float32)
     assert_is(kept.s, BATCH, TOKENS, DIM, dtype=x.dtype)
     assert_is(kept.hidden, BATCH * TOKENS, 99, dtype=dtype)
-    grads = ops.block_backward(y, saved, inputs, *sizes, True)
+    grads = ops.block_backward(y, *saved, *inputs, *sizes, True)
     for grad, tensor in zip(grads, inputs, strict=True):
         if tensor is None:
             assert grad.numel() == 0

@@ -58,10 +58,10 @@ def test_the_second_launch_has_all_that_the_first_had(kernel: Kernel) -> None:
     launch(kernel, (5, 2), (x, None), (7, 0.5), CONSTANTS)
     assert kernel.searched == [((5, 2), (x, None, 7, 0.5), CONSTANTS)]
     assert not kernel.found
-    launch(kernel, (9,), (y, None), (7, 0.5), dict(CONSTANTS))
+    launch(kernel, (5, 2), (y, None), (7, 0.5), dict(CONSTANTS))
     assert len(kernel.searched) == 1
     [(grid, args)] = kernel.found
-    assert grid[:3] == (9, 1, 1)
+    assert grid[:3] == (5, 2, 1)
     assert args[0] is y
     assert args[1:] == (None, 7, 0.5, 32, True)
 
@@ -84,7 +84,8 @@ def test_a_launch_that_differs_is_searched_for(
 ) -> None:
     launch(kernel, (1,), (aligned(), None), (7, 0.5), CONSTANTS)
     launch(kernel, (1,), tensors, numbers, constants)
-    assert len(kernel.searched) == 2
+    launch(kernel, (2,), (aligned(), None), (7, 0.5), CONSTANTS)
+    assert len(kernel.searched) == 3
     assert not kernel.found
     assert kernel.searched[1][2] == constants
 
