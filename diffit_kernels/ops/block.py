@@ -113,84 +113,59 @@ def block(
     return _inference(*tensors, *sizes)
 
 
-# The arguments of the operators that are tensors: x, temb, row and the weights.
-_TENSORS = 3 + len(Weights._fields)
+# Tensors that it takes: x, temb, row and the weights.
+_INPUTS = 3 + len(Weights._fields)
+_INPUTS_SCHEMA = (
+    "Tensor x, Tensor? temb, Tensor? row, Tensor qkv_weight, Tensor? qkv_bias, "
+    "Tensor? temb_weight, Tensor? temb_bias, Tensor? rel_pos_table, Tensor proj_weight, "
+    "Tensor? proj_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
+)
+_SIZES_SCHEMA = "SymInt num_heads, SymInt[] window_size, SymInt[] grid_size, float scale"
+_SIZES_SCHEMA += ", float eps1, float eps2"  # of the norms
+_SAVED_SCHEMA = ", ".join(f"Tensor saved_{name}" for name in Saved._fields)
 
 
-@operator("block")
-def _inference(
-    x: Tensor,
-    temb: Tensor | None,
-    row: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    temb_weight: Tensor | None,
-    temb_bias: Tensor | None,
-    rel_pos_table: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    num_heads: int,
-    window_size: Sequence[int],
-    grid_size: Sequence[int],
-    scale: float,
-    eps1: float,
-    eps2: float,
-) -> Tensor:
-    weights = Weights(
-        *(qkv_weight, qkv_bias, temb_weight, temb_bias, rel_pos_table, proj_weight, proj_bias),
-        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-    )
-    sizes = (num_heads, window_size, grid_size, scale, eps1, eps2)
-    problem, eps = _problem(x, temb, row, *weights, *sizes), (eps1, eps2)
-    hidden, mixed = fc1_weight.shape[0], x.dtype != qkv_weight.dtype
-    if not mixed and _has_kernels(x, num_heads, window_size, hidden):
+def _tensors(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
+
+
+@operator("block", f"({_INPUTS_SCHEMA}, {_SIZES_SCHEMA}) -> Tensor")
+def _inference(*arguments: Any) -> Tensor:
+    x, temb, row, weights, scale, eps = _named(arguments)
+    problem, hidden = _problem(*arguments), weights.fc1.shape[0]
+    heads, window = arguments[_INPUTS:][:2]
+    mixed = x.dtype != weights.qkv.dtype
+    if not mixed and _has_kernels(x, heads, window, hidden):
         return native.block(problem.attention, x, temb, row, weights, hidden, scale, eps)
     y, _ = layers.block(problem, x, temb, row, weights, scale, eps, save=False)
     return y
 
 
-@operator("block_training")
-def _training(
-    x: Tensor,
-    temb: Tensor | None,
-    row: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    temb_weight: Tensor | None,
-    temb_bias: Tensor | None,
-    rel_pos_table: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    num_heads: int,
-    window_size: Sequence[int],
-    grid_size: Sequence[int],
-    scale: float,
-    eps1: float,
-    eps2: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@operator(
+    "block_training",
+    f"({_INPUTS_SCHEMA}, {_SIZES_SCHEMA}) -> {_tensors(1 + len(Saved._fields))}",
+)
+def _training(*arguments: Any) -> tuple[Tensor, ...]:
     """The result, and what ``Saved`` names; a row that is not there has no elements."""
-    weights = Weights(
-        *(qkv_weight, qkv_bias, temb_weight, temb_bias, rel_pos_table, proj_weight, proj_bias),
-        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-    )
-    sizes = (num_heads, window_size, grid_size, scale, eps1, eps2)
-    problem = _problem(x, temb, row, *weights, *sizes)
-    y, saved = layers.block(problem, x, temb, row, weights, scale, (eps1, eps2), save=True)
+    x, temb, row, weights, scale, eps = _named(arguments)
+    problem = _problem(*arguments)
+    y, saved = layers.block(problem, x, temb, row, weights, scale, eps, save=True)
     assert saved is not None
-    of_row = saved.row
+    of_row, *others = saved
     if of_row is None:
-        of_row = saved.qkv.new_empty(0)
-    elif temb is None and (row is None or qkv_bias is None):
+        of_row = x.new_empty(0, dtype=weights.qkv.dtype)
+    elif temb is None and (row is None or weights.qkv_bias is None):
         of_row = of_row.clone(memory_format=torch.contiguous_format)  # it is an input
-    return y, of_row, saved.qkv, saved.attention, saved.lse, saved.s, saved.hidden
+    return y, of_row, *others
+
+
+def _named(
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Weights, float, tuple[float, float]]:
+    """x, temb, row, weights, scale and eps of the arguments of ``block``."""
+    x, temb, row, *weights = arguments[:_INPUTS]
+    *_, scale, eps1, eps2 = arguments
+    return x, temb, row, Weights._make(weights), scale, (eps1, eps2)
 
 
 @remembered
@@ -264,76 +239,30 @@ def _training_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), *(x.new_empty(size, dtype=dtype) for size, dtype in saved)
 
 
-# Of x, temb, row and the weights.
-_Gradients = tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]
-
-
-@operator("block_backward")
-def _backward(
-    grad_y: Tensor,
-    saved_row: Tensor,
-    saved_qkv: Tensor,
-    saved_attention: Tensor,
-    saved_lse: Tensor,
-    saved_s: Tensor,
-    saved_hidden: Tensor,
-    x: Tensor,
-    temb: Tensor | None,
-    row: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    temb_weight: Tensor | None,
-    temb_bias: Tensor | None,
-    rel_pos_table: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    num_heads: int,
-    window_size: Sequence[int],
-    grid_size: Sequence[int],
-    scale: float,
-    eps1: float,
-    eps2: float,
-    of_weights: bool,
-) -> _Gradients:
-    """Gradients of the tensors of ``block``; those of absent ones have no elements.
+@operator(
+    "block_backward",
+    f"(Tensor grad_y, {_SAVED_SCHEMA}, {_INPUTS_SCHEMA}, {_SIZES_SCHEMA}, bool of_weights) -> "
+    f"{_tensors(_INPUTS)}",
+)
+def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of the inputs; those of absent ones have no elements.
 
     Without ``of_weights`` those of the weights have none either.
     """
-    saved = (saved_row, saved_qkv, saved_attention, saved_lse, saved_s, saved_hidden)
-    weights = Weights(
-        *(qkv_weight, qkv_bias, temb_weight, temb_bias, rel_pos_table, proj_weight, proj_bias),
-        *(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-    )
-    inputs = (x, temb, row, *weights)
-    sizes = (num_heads, window_size, grid_size, scale, eps1, eps2)
-    problem = _backward_problem(grad_y, *saved, *inputs, *sizes)
-    kept = Saved(saved_row if problem.has_row else None, *saved[1:])
+    *others, of_weights = arguments
+    problem = _backward_problem(grad_y, *others)
+    of_forward = arguments[len(Saved._fields) : -1]
+    x, temb, _, weights, scale, eps = _named(of_forward)
+    row, *saved = arguments[: len(Saved._fields)]
+    kept = Saved(row if problem.has_row else None, *saved)
     with autocast.disabled(x):
         grads = layers.block_backward(
-            problem, grad_y, x, temb, kept, weights, scale, (eps1, eps2), of_weights
+            problem, grad_y, x, temb, kept, weights, scale, eps, of_weights
         )
-    none = x.new_empty
-    present = zip(grads, inputs, strict=True)
-    return tuple(none(0) if g is None or t is None else g for g, t in present)  # type: ignore[return-value]
+    return tuple(
+        x.new_empty(0) if grad is None or tensor is None else grad
+        for grad, tensor in zip(grads, of_forward[:_INPUTS], strict=True)
+    )
 
 
 @remembered
@@ -352,7 +281,7 @@ def _backward_problem(grad_y: Described, *arguments: Any) -> BlockProblem:
 
 @_backward.register_fake
 def _backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs = arguments[len(Saved._fields) :][:_TENSORS]
+    inputs = arguments[len(Saved._fields) :][:_INPUTS]
     of_weights = arguments[-1]
     wanted = inputs if of_weights else (*inputs[:3], *(None for _ in Weights._fields))
     return tuple(grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
@@ -360,8 +289,8 @@ def _backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     saved = output[1:]
-    ctx.save_for_backward(*saved, *inputs[:_TENSORS])
-    ctx.sizes = inputs[_TENSORS:]
+    ctx.save_for_backward(*saved, *inputs[:_INPUTS])
+    ctx.sizes = inputs[_INPUTS:]
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # or zeros would be made for what is saved
 
@@ -398,6 +327,6 @@ def _backward_flops(grad_y: Any, *arguments: Any, **_: Any) -> int:
     """For each product of a layer that for its input and, if asked, for its weights."""
     *inputs, of_weights = arguments[len(Saved._fields) :]
     batch, tokens, dim = grad_y
-    heads, window = inputs[_TENSORS : _TENSORS + 2]
+    heads, window = inputs[_INPUTS:][:2]
     attention = attention_flops((batch, tokens, 3 * dim), None, None, None, heads, window)
     return (2 if of_weights else 1) * (_flops(*inputs) - attention) + attention * 5 // 2

@@ -37,7 +37,7 @@ _PLAIN_TYPES = (type(None), int, float, bool, tuple, torch.dtype)
 
 
 class Operator:
-    """``torch.ops.diffit.NAME``, computed by a function whose annotations give the schema.
+    """``torch.ops.diffit.NAME``, computed by a function, whose annotations else give the schema.
 
     The function allocates its results and changes none of its arguments. A call of the object is
     one of the operator, without the dispatcher where that would find nothing else to do: no
@@ -45,9 +45,9 @@ class Operator:
     registers for the operator are seen by calls of ``torch.ops.diffit.NAME`` only.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], schema: str | None = None) -> None:
         self.name = name
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = schema or torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.diffit, name).default
@@ -149,9 +149,9 @@ class Operator:
             _LIBRARY.impl(self.name, implementation, key)
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
     """Make a function an ``Operator``."""
-    return lambda function: Operator(name, function)
+    return lambda function: Operator(name, function, schema)
 
 
 def _is_plain_thread(excluded: int) -> bool:
