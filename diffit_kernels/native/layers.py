@@ -217,17 +217,21 @@ def mlp_backward(
     x_rows = x.reshape(problem.rows, -1)
     grad_rows = grad_y.reshape(problem.rows, -1)
     hidden, bias = hidden.contiguous(), fc1_bias.contiguous()
-    step, dtype = problem.rows, x.dtype
-    if hidden.nbytes > 2 * _HIDDEN_BYTES and _has_exact_gradients(problem):
-        step, dtype = _rows_of_a_part(fc1_weight), torch.float32
     grad_x = x.new_empty(x_rows.shape)
-    memory = x.new_empty(2, min(step, problem.rows), problem.hidden_features)
+    rows = (grad_rows, x_rows, hidden, grad_x)
+    weights_and_bias = (fc1_weight, bias, fc2_weight)
+    if hidden.nbytes <= 2 * _HIDDEN_BYTES or not _has_exact_gradients(problem):
+        memory = (x.new_empty(hidden.shape), x.new_empty(hidden.shape))
+        grads = _backward_of_rows(*rows, *weights_and_bias, *memory, weights, x.dtype)
+        return grad_x.view(x.shape), *grads
+    step = min(problem.rows, _rows_of_a_part(fc1_weight))
+    # Not one piece of twice the size, which the C library might return to the system.
+    memory = (hidden.new_empty(step, hidden.shape[1]), hidden.new_empty(step, hidden.shape[1]))
     sums: tuple[Tensor, ...] = ()
-    for start in range(0, problem.rows, step):
-        part = slice(start, start + step)
+    for part in zip(*(tensor.split(step) for tensor in rows), strict=True):
+        activation, grad_hidden = (piece[: len(part[0])] for piece in memory)
         grads = _backward_of_rows(
-            *(grad_rows[part], x_rows[part], fc1_weight, bias, fc2_weight, hidden[part]),
-            *(memory, grad_x[part], weights, dtype),
+            *(*part, *weights_and_bias, activation, grad_hidden, weights, torch.float32)
         )
         sums = tuple(a.add_(b) for a, b in zip(sums, grads, strict=True)) if sums else grads
     return grad_x.view(x.shape), *(grad.to(x.dtype) for grad in sums)
@@ -244,21 +248,21 @@ def _has_exact_gradients(problem: MLPProblem) -> bool:
 def _backward_of_rows(
     grad_y: Tensor,
     x: Tensor,
+    hidden: Tensor,
+    grad_x: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
-    hidden: Tensor,
-    memory: Tensor,
-    grad_x: Tensor,
+    activation: Tensor,
+    grad_hidden: Tensor,
     weights: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Writes grad_x. With ``weights`` gradients of weights and biases, in ``dtype``.
+    """Writes grad_x, activation and grad_hidden; with ``weights`` their gradients, in ``dtype``.
 
     One pass over the hidden layer, in place on its gradient.
     """
     rows, features = hidden.shape
-    activation, grad_hidden = memory[:, :rows]
     mm(grad_y, fc2_weight, out=grad_hidden)
     grad_fc1_bias = torch.empty(features, dtype=torch.float32)
     library.kernels.bias_gelu_backward(
@@ -274,7 +278,7 @@ def _backward_of_rows(
         return ()
     (grad_fc1_weight,) = weight_gradient(grad_hidden, x, bias=False, dtype=dtype)
     grad_fc2 = weight_gradient(grad_y, activation, dtype=dtype)
-    return grad_fc1_weight, grad_fc1_bias, *grad_fc2
+    return grad_fc1_weight, grad_fc1_bias.to(dtype), *grad_fc2
 
 
 def block(
