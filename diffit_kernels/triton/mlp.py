@@ -256,10 +256,8 @@ def mlp(
 
 def adds_in_place(problem: MLPProblem, device: torch.device) -> bool:
     """Whether ``add_mlp`` takes no pass to add: where the second product is PyTorch's."""
-    kernel, rows, features = "mlp_bias", problem.rows, problem.out_features
-    if problem.dtype == torch.float32:
-        return True
-    return choose(kernel, device, problem.dtype.itemsize, rows=rows, features=features) == CUBLASLT
+    sizes = (problem.rows, problem.out_features)
+    return _chosen("mlp_bias", problem.dtype, device, *sizes) == CUBLASLT
 
 
 def add_mlp(
@@ -373,13 +371,20 @@ def mlp_backward(
 def _config(kernel: str, x: Tensor, columns: int, configs: Configs | None) -> Config:
     """``CUBLASLT``, or what a launch passes by name."""
     rows, inner = x.shape
-    if x.dtype == torch.float32:
-        return CUBLASLT
-    if configs is None:
-        chosen = choose(kernel, x.device, x.itemsize, rows=rows, features=columns)
+    if configs is None or x.dtype == torch.float32:
+        chosen = _chosen(kernel, x.dtype, x.device, rows, columns)
     else:
         chosen = configs[kernel]
     return chosen if chosen == CUBLASLT else {**chosen, "WHOLE_K": inner % chosen["BLOCK_K"] == 0}
+
+
+def _chosen(
+    kernel: str, dtype: torch.dtype, device: torch.device, rows: int, columns: int
+) -> Config:
+    """``CUBLASLT``, or parameters from the device's table."""
+    if dtype == torch.float32:
+        return CUBLASLT
+    return choose(kernel, device, dtype.itemsize, rows=rows, features=columns)
 
 
 def _grid(x: Tensor, columns: int, config: Config) -> tuple[int]:

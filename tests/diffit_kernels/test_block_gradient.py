@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import diffit_kernels as dk
 from diffit.nn import DiffiTBlock
 from tests.block_case import CASES, Case, arguments, judge, one_operator, trained
 from tests.cases import DTYPES, Tensors
@@ -31,15 +30,7 @@ TRAINED = [
 BLOCK, BACKWARD = torch.ops.diffit.block_training, torch.ops.diffit.block_backward
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    if reason := dk.available_backends()[request.param]:
-        pytest.skip(reason)
-    with dk.use_backend(request.param):
-        yield
-
-
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("fastest_backend")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TRAINED, ids=str)
 def test_the_numeric_rule(case: Case, dtype: torch.dtype) -> None:
@@ -68,13 +59,13 @@ class _WithoutToken(nn.Module):
         return self.call(**inputs)
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("fastest_backend")
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_a_row_in_place_of_the_token(qkv_bias: bool) -> None:
     judge(replace(SMALL, qkv_bias=qkv_bias), torch.float32, by_row)
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("fastest_backend")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("stream", [torch.float32, None], ids=str)
 def test_autocast(dtype: torch.dtype, stream: torch.dtype | None) -> None:
@@ -94,7 +85,7 @@ def test_autocast(dtype: torch.dtype, stream: torch.dtype | None) -> None:
     judge(SMALL, torch.float32, cast)
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("fastest_backend")
 def test_norms_have_their_own_eps() -> None:
     def call(block: nn.Module, inputs: dict[str, Any]) -> Tensors:
         block.norm1.eps, block.norm2.eps = 0.5, 8.0
