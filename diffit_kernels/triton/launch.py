@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,18 @@ from diffit_kernels.triton.configs import Config
 # What launches like one before have used, and the values of its constants in order.
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 _MOST_COMPILED = 4096
+_remembers = True
+
+
+@contextmanager
+def forgetful() -> Iterator[None]:
+    """Every launch inside is Triton's own, for who watches or changes what Triton does."""
+    global _remembers
+    before, _remembers = _remembers, False
+    try:
+        yield
+    finally:
+        _remembers = before
 
 
 def launch(
@@ -40,7 +54,7 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants)
         return
-    if addresses % 16:
+    if addresses % 16 or not _remembers:
         kernel[grid](*tensors, *numbers, **constants)
         return
     # The grid, because on ROCm it depends on how far addresses may lie apart as well.

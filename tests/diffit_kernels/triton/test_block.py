@@ -49,6 +49,10 @@ def test_inference(
     monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype, in_place: bool
 ) -> None:
     """With the second product added to the sum in place, and by the perceptron's own kernels."""
+    if DEVICE == "cuda" and dtype == torch.float32 and not in_place:
+        pytest.skip(
+            "the perceptron's own kernels multiply float32 in TF32 there: no table has them"
+        )
     monkeypatch.setattr(import_module("diffit_kernels.triton.mlp"), "_config", _config(in_place))
     monkeypatch.setattr(halves, "adds_in_place", lambda *_: in_place)
     with patch.object(halves, "add_mlp", wraps=halves.add_mlp) as added:

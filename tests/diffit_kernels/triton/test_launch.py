@@ -96,6 +96,18 @@ def test_an_address_that_is_no_multiple_of_16_is_never_remembered(kernel: Kernel
     assert len(kernel.searched) == 2
 
 
+def test_none_is_remembered_while_somebody_watches(kernel: Kernel) -> None:
+    launch(kernel, (1,), (aligned(), None), (7, 0.5), CONSTANTS)
+    with launches.forgetful():
+        for count in (7, 8, 8):
+            launch(kernel, (1,), (aligned(), None), (count, 0.5), CONSTANTS)
+    assert len(kernel.searched) == 4
+    assert len(launches._compiled) == 1
+    launch(kernel, (1,), (aligned(), None), (7, 0.5), CONSTANTS)
+    assert len(kernel.searched) == 4
+    assert len(kernel.found) == 1
+
+
 def test_another_kernel_is_searched_for(kernel: Kernel) -> None:
     launch(kernel, (1,), (aligned(), None), (7, 0.5), CONSTANTS)
     other = Kernel()

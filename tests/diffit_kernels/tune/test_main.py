@@ -144,6 +144,7 @@ GPU.compile(None, [
     for candidate in candidates
 ])
 kernel = import_module("diffit_kernels.triton.add_layer_norm").forward
+print(import_module("diffit_kernels.triton.launch")._compiled)
 for compiled in kernel.device_caches[0][0].values():
     print(compiled.name, "sm_90" in compiled.asm["ptx"])
 """
@@ -158,4 +159,4 @@ def test_candidates_are_compiled_and_not_launched(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "forward True\n" * 2
+    assert done.stdout == "{}\n" + "forward True\n" * 2  # nothing is remembered that waits
