@@ -35,6 +35,7 @@ import torch
 
 from gpu import BENCHMARKS, ROOT, report, schedule
 from gpu.job import write_json
+from gpu.precision import PRECISIONS
 from gpu.schedule import OK, Part
 
 # Of the time; about the seconds that a part can use on a machine with 16 cores.
@@ -43,7 +44,7 @@ WEIGHTS = {
     "ceilings": 20,
     "rule": 70,
     "operators": 110,
-    "blocks": 90,
+    "blocks": 110,
     "tests": 90,
     "sanitizer": 45,
     "tune": 40,
@@ -70,12 +71,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder, such as benchmarks/results/h100")
     add("--minutes", type=float, default=MINUTES, help=f"for everything (default: {MINUTES:g})")
     add("--parts", nargs="+", choices=WEIGHTS, metavar="PART", help="default: all")
+    add(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        metavar="PRECISION",
+        help=f"of rule, operators and blocks, of {', '.join(PRECISIONS)} (default: all)",
+    )
     args = parser.parse_args(arguments)
     if not 0 < args.minutes < float("inf"):
         parser.error(f"argument --minutes: expected more than 0, got {args.minutes:g}")
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device; expected a machine with one")
     args.parts = [name for name in WEIGHTS if name in (args.parts or WEIGHTS)]
+    args.precisions = [name for name in PRECISIONS if name in (args.precisions or PRECISIONS)]
     try:
         args.out = args.out.absolute()
         args.out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +93,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def plan(names: Sequence[str], device: torch.device, out: Path, ceilings: Path) -> list[Part]:
+def plan(
+    names: Sequence[str],
+    precisions: Sequence[str],
+    device: torch.device,
+    out: Path,
+    ceilings: Path,
+) -> list[Part]:
     """The parts as commands; ``ceilings`` is a file that is there once they are measured."""
 
     def part(name: str) -> Part:
@@ -92,7 +107,8 @@ def plan(names: Sequence[str], device: torch.device, out: Path, ceilings: Path) 
             arguments = [name, "--device", str(device), "--until", str(until), "--out", str(result)]
             if ceilings.exists():
                 arguments += ["--ceilings", str(ceilings)]
-            return [sys.executable, "-m", "gpu", *arguments, "--table", str(out / "table.json")]
+            arguments += ["--table", str(out / "table.json"), "--precisions", *precisions]
+            return [sys.executable, "-m", "gpu", *arguments]
 
         return Part(name, WEIGHTS[name], command)
 
@@ -134,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             ceilings = Path(scratch, "ceilings.json")
-            parts = plan(args.parts, device, args.out, ceilings)
+            parts = plan(args.parts, args.precisions, device, args.out, ceilings)
             return run(parts, args.out, args.minutes, device, ceilings)
     except KeyboardInterrupt:
         print(f"\ngpu_suite.py: interrupted; what ended is in {args.out}", file=sys.stderr)

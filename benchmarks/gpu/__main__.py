@@ -17,6 +17,7 @@ import torch
 
 from gpu import workers
 from gpu.job import Job
+from gpu.precision import PRECISIONS
 
 # By part, its module, which is loaded for it alone, and the function there.
 PARTS = {
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("result.json"))
     parser.add_argument("--ceilings", type=Path, help="what the part of that name found")
     parser.add_argument("--table", type=Path, default=Path("table.json"), help="of tune")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--serve", action="store_true")
     args = parser.parse_args()
     if args.part == "rule":  # it asks for deterministic algorithms, and cuBLAS for this
@@ -49,7 +51,7 @@ def main() -> int:
     if args.serve:
         workers.serve(lambda task, say: module.measure(task, args.device, say))
         return 0
-    job = Job(args.device, args.until, args.out, args.ceilings, args.table)
+    job = Job(args.device, args.until, args.out, args.ceilings, args.table, args.precisions)
     result = getattr(module, function)(job)
     job.save(result)
     for failure in result["failures"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
@@ -27,11 +27,13 @@ from results import CANNOT_RUN, FAILED, OK
 from shapes import SHAPES
 
 SECONDS = 0.25  # of rounds for a contest, and again for its graphs
-WORKERS = 12
-TASK_SECONDS = 120.0
+WORKERS = 20  # as many as there are contests in a precision
+TASK_SECONDS = 180.0
 
 
-def tasks(operation: str, ceilings: dict[str, Any]) -> list[workers.Task]:
+def tasks(
+    operation: str, ceilings: dict[str, Any], precisions: Sequence[str]
+) -> list[workers.Task]:
     """Every contest of an operation, in the order of what it is worth."""
     return [
         {
@@ -42,7 +44,7 @@ def tasks(operation: str, ceilings: dict[str, Any]) -> list[workers.Task]:
             "ceilings": ceilings,
             "skip": {},
         }
-        for precision, shape, direction in product(PRECISIONS, SHAPES.values(), DIRECTIONS)
+        for precision, shape, direction in product(precisions, SHAPES.values(), DIRECTIONS)
     ]
 
 
@@ -204,7 +206,7 @@ def blocks(job: Job) -> Result:
 
 
 def _run(operation: str, job: Job) -> Result:
-    everything = tasks(operation, limits.known(job))
+    everything = tasks(operation, limits.known(job), job.precisions)
     rows: list[Result] = []
     failures: list[str] = []
     result: Result = {"contests": len(everything), "rows": rows, "failures": failures}
@@ -236,7 +238,7 @@ def _run(operation: str, job: Job) -> Result:
         workers.command("operators", job.device),  # blocks have the same
         everything,
         handle,
-        count=min(WORKERS, max(3 * (os.cpu_count() or 2) // 4, 1)),
+        count=min(WORKERS, max(5 * (os.cpu_count() or 2) // 4, 1)),
         until=job.until,
         task_seconds=TASK_SECONDS,
     )

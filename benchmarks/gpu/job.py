@@ -6,11 +6,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gpu.precision import PRECISIONS
 
 Result = dict[str, Any]
 
@@ -19,7 +22,8 @@ Result = dict[str, Any]
 class Job:
     """One run of a part. ``until`` is in seconds of ``time.time()``; the result goes to ``out``.
 
-    ``ceilings`` is what the part of that name found, if it did; ``table`` where that of tune goes.
+    ``ceilings`` is what the part of that name found, if it did; ``table`` where that of tune goes;
+    ``precisions`` are those of the rule and the contests.
     """
 
     device: torch.device
@@ -27,6 +31,7 @@ class Job:
     out: Path
     ceilings: Path | None = None
     table: Path = Path("table.json")
+    precisions: Sequence[str] = tuple(PRECISIONS)
 
     @property
     def seconds(self) -> float:

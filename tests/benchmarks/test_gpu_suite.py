@@ -13,6 +13,7 @@ import torch
 
 import gpu_suite
 from gpu import __main__ as parts
+from gpu.precision import PRECISIONS
 from gpu.schedule import Part
 
 CPU = torch.device("cpu")
@@ -20,6 +21,7 @@ WRONG = {
     "no folder": [],
     "unknown option": ["--out", "x", "--fast"],
     "unknown part": ["--out", "x", "--parts", "rule", "speed"],
+    "unknown precision": ["--out", "x", "--precisions", "float8"],
     "no part": ["--out", "x", "--parts"],
     "no time": ["--out", "x", "--minutes", "0"],
     "time in words": ["--out", "x", "--minutes", "few"],
@@ -73,17 +75,21 @@ def test_parts_run_in_the_order_of_their_value(
     assert gpu_suite.parse(["--out", out]).parts == list(gpu_suite.WEIGHTS)
     chosen = gpu_suite.parse(["--out", out, "--parts", "tune", "rule", "tune"]).parts
     assert chosen == ["rule", "tune"]
+    assert gpu_suite.parse(["--out", out]).precisions == list(PRECISIONS)
+    chosen = gpu_suite.parse(["--out", out, "--precisions", "tf32", "bfloat16"]).precisions
+    assert chosen == ["bfloat16", "tf32"]
 
 
 def test_parts_are_commands_that_know_the_ceilings_once_there_are_some(tmp_path: Path) -> None:
     ceilings = tmp_path / "ceilings.json"
-    (part,) = gpu_suite.plan(["rule"], CPU, tmp_path, ceilings)
+    (part,) = gpu_suite.plan(["rule"], ["tf32"], CPU, tmp_path, ceilings)
     assert part.weight == gpu_suite.WEIGHTS["rule"]
     command = part.command(1.5, tmp_path / "result.json")
     assert command[:4] == [sys.executable, "-m", "gpu", "rule"]
     assert "--ceilings" not in command
     ceilings.write_text("{}")
-    assert part.command(1.5, tmp_path)[-4:-2] == ["--ceilings", str(ceilings)]
+    assert part.command(1.5, tmp_path)[-6:-4] == ["--ceilings", str(ceilings)]
+    assert command[-2:] == ["--precisions", "tf32"]
 
 
 def test_every_part_has_a_function() -> None:
@@ -170,7 +176,7 @@ def test_a_real_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    parts = gpu_suite.plan(["sanitizer"], CPU, tmp_path, tmp_path / "ceilings.json")
+    parts = gpu_suite.plan(["sanitizer"], ["tf32"], CPU, tmp_path, tmp_path / "ceilings.json")
     code = gpu_suite.run(parts, tmp_path, 1.0, CPU, tmp_path / "ceilings.json")
     (part,) = json.loads((tmp_path / "gpu_suite.json").read_text())["parts"]
     found = part["result"]["tool"] != "not found"

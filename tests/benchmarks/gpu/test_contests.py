@@ -14,6 +14,7 @@ import torch
 
 from gpu import contests, workers
 from gpu.job import Job
+from gpu.precision import PRECISIONS
 from gpu.rows import BOUND, OUR, PEER, Row, speedup, summarise
 from results import CANNOT_RUN, FAILED, OK
 from shapes import SHAPES, Shape
@@ -44,7 +45,7 @@ def rows(**arguments: Any) -> dict[str, Row]:
 
 
 def test_every_layer_is_there_in_every_precision() -> None:
-    tasks = contests.tasks("block", CEILINGS)
+    tasks = contests.tasks("block", CEILINGS, tuple(PRECISIONS))
     found = {(t["shape"]["name"], t["precision"], t["direction"]) for t in tasks}
     assert len(found) == len(tasks) == len(SHAPES) * 4 * 2
     assert [t["precision"] for t in tasks[: 2 * len(SHAPES)]] == ["bfloat16"] * 2 * len(SHAPES)

@@ -52,6 +52,8 @@ def test_every_case_that_has_to_be_shown_is_there() -> None:
     for how in ({"scale": 50.0}, {"constant": True}):
         assert any(how.items() <= task["case"].items() for task in rule.tasks())
     assert {task["operator"] for task in rule.tasks()} == set(SMALL)
+    of_one = [task for task in rule.tasks() if task["precision"] == "tf32"]
+    assert list(rule.tasks(["tf32"])) == of_one
 
 
 def test_no_case_is_there_twice() -> None:
@@ -102,7 +104,7 @@ for line in sys.stdin:
     task["error_over_allowed"] = 2.0 if broken else 0.5
     print(json.dumps({"result": task}), flush=True)
 """
-    monkeypatch.setattr(rule, "tasks", lambda: tasks)
+    monkeypatch.setattr(rule, "tasks", lambda _: tasks)
     monkeypatch.setattr(workers, "command", lambda *_: [sys.executable, "-S", "-c", script])
     result = rule.run(Job(CPU, time.time() + 30, tmp_path / "out.json"))
     assert (result["cases"], len(result["rows"]), result["left_out"]) == (3, 3, 0)
