@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from diffit_kernels.layout import channels_contiguous, equally_spaced
 from diffit_kernels.problem import WindowAttentionProblem
 from diffit_kernels.triton import attention_large as large
 from diffit_kernels.triton import attention_small as small
 from diffit_kernels.triton import attention_tiles as tiles
-from diffit_kernels.triton.configs import Config, Configs, Entry, nearest
+from diffit_kernels.triton.configs import Config, Configs, Entry, is_listed, nearest
 from diffit_kernels.triton.launch import launch
 from diffit_kernels.triton.sizes import cdiv, next_power_of_2
 
@@ -21,8 +22,9 @@ from diffit_kernels.triton.sizes import cdiv, next_power_of_2
 _SMALL = 64
 _SMALL_BYTES = 8192
 
-# Tokens of a window up to which products are float32's even where TF32 is allowed.
+# Tokens of a window up to which PyTorch multiplies in float32 even where TF32 is allowed.
 _TINY = 16
+_IN_PARTS = "_in_parts"
 
 # Programs that keep any GPU busy, where work may be cut at will. The same on every device, so that
 # the sums are.
@@ -200,22 +202,14 @@ def _config(
     d1 = max(16, next_power_of_2(width - d0)) if width > d0 else 0
     if d0 == d1:
         d0, d1 = 2 * d0, 0
-    # Wider heads would spill, and in two chunks came out wrong on an H200 (Triton 3.6). PyTorch
-    # multiplies matrices as small as those of small windows in float32 also where TF32 is allowed.
-    tf32 = (
-        problem.dtype == torch.float32
-        and width <= 32
-        and problem.window_tokens > _TINY
-        and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        and torch.version.hip is None
-    )
+    name = named(kernel, problem, qkv.device)
     if configs is None:
         entry = nearest(
-            kernel, qkv.device, problem.dtype.itemsize, window_tokens=slots, head_dim=width
+            name, qkv.device, problem.dtype.itemsize, window_tokens=slots, head_dim=width
         )
         parameters = _fitting(entry, slots, width)
     else:
-        parameters = configs[kernel]
+        parameters = configs[name]
     return {
         **parameters,
         "WH": wh,
@@ -223,9 +217,30 @@ def _config(
         "HEAD_DIM": width,
         "D0": d0,
         "D1": d1,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": _precision(kernel, problem, qkv.device),
         "enable_fp_fusion": True,
     }
+
+
+def named(kernel: str, problem: WindowAttentionProblem, device: torch.device) -> str:
+    """What tables call it: where it cuts numbers in parts it has parameters of its own."""
+    return kernel if _precision(kernel, problem, device) == "ieee" else f"{kernel}{_IN_PARTS}"
+
+
+def _precision(kernel: str, problem: WindowAttentionProblem, device: torch.device) -> str:
+    """How Triton multiplies: float32 in parts of bfloat16, on tensor cores, if a table says how.
+
+    Two parts of a number, by three products, have 16 of its bits where TF32 has 11; they take its
+    place, which came out wrong on an H200 (Triton 3.6) where heads are wider than 32. Three parts,
+    by six products, have all 24, but spill registers in the backward passes.
+    """
+    if problem.dtype != torch.float32 or knobs.runtime.interpret:
+        return "ieee"
+    if not is_listed(kernel + _IN_PARTS, device):
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32" and problem.window_tokens > _TINY:
+        return "bf16x3"
+    return "bf16x6" if kernel.endswith("forward") else "ieee"
 
 
 def _fitting(entry: Entry, slots: int, width: int) -> Config:

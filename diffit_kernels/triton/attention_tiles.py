@@ -95,19 +95,8 @@ def transposed(x):
 
 
 @triton.jit
-def _rounded(x, PRECISION: tl.constexpr):
-    """With TF32 to its nearest number: a tensor core would cut the other bits off."""
-    if PRECISION == "tf32":
-        x = tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return x
-
-
-@triton.jit
 def _dot(a, b, c, PRECISION: tl.constexpr):
     """``a b + c``."""
-    a, b = _rounded(a, PRECISION), _rounded(b, PRECISION)
     return tl.dot(a, b, c, input_precision=PRECISION)
 
 

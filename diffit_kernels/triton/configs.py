@@ -69,6 +69,13 @@ def nearest(kernel: str, device: torch.device, itemsize: int, **shape: int) -> E
     raise LookupError(f"no entry for {kernel} with elements of {itemsize} bytes")
 
 
+@lru_cache(maxsize=64)
+def is_listed(kernel: str, device: torch.device) -> bool:
+    """Whether the table of the device or the default has entries for a kernel."""
+    tried = (table_of(device), tables()["default"])
+    return any(entry["kernel"] == kernel for table in tried for entry in table.entries)
+
+
 @cache
 def table_of(device: torch.device) -> Table:
     """That of a device."""

@@ -41,7 +41,8 @@ CUDA = "cuda"
 KERNELS = {
     "window_attention": (
         *("small_forward", "small_backward", "large_forward"),
-        *("large_backward_q", "large_backward_kv", "large_backward_table", CUDA),
+        *("large_backward_q", "large_backward_kv", "large_backward_table"),
+        *("small_forward_in_parts", "large_forward_in_parts", CUDA),
     ),
     "mlp": ("mlp_gelu", "mlp_bias", "mlp_gelu_hidden", "mlp_gelu_backward"),
     "add_layer_norm": ("add_layer_norm", "add_layer_norm_backward"),
@@ -95,6 +96,9 @@ def candidates(kernel: str, itemsize: int) -> list[Config]:
         + _tiles((64, 32, 4, 1), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2))
         if half
         else _tiles((32, 32, 4, 1), (32, 32, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1)),
+        "small_forward_in_parts": _grid(WINDOWS=(1, 4), num_warps=(4, 8), num_stages=(1,)),
+        "large_forward_in_parts": _tiles((64, 32, 4, 2), (64, 32, 4, 3))
+        + _tiles((64, 16, 4, 2), (128, 32, 8, 2)),
         "mlp_gelu": products,
         "mlp_bias": products,
         "mlp_gelu_hidden": products,

@@ -19,6 +19,7 @@ from diffit_kernels.problem import (
     Problem,
     WindowAttentionProblem,
 )
+from diffit_kernels.triton.attention import named
 from diffit_kernels.tune.layers import Layer
 
 MLP_RATIO = 4
@@ -121,7 +122,7 @@ def _attention(layer: Layer, dtype: torch.dtype, normal: Normal) -> Iterator[Pas
         "window_attention",
         problem,
         (*inputs, scale),
-        {f"{size}_forward": shape},
+        {named(f"{size}_forward", problem, qkv.device): shape},
         partial(_evaluate, formula, inputs, ()),
     )
     grad = normal(layer.batch, tokens, dim)
@@ -133,7 +134,7 @@ def _attention(layer: Layer, dtype: torch.dtype, normal: Normal) -> Iterator[Pas
         "window_attention_backward",
         problem,
         (grad, *inputs, lse, scale),
-        dict.fromkeys(kernels, shape),
+        dict.fromkeys([named(kernel, problem, qkv.device) for kernel in kernels], shape),
         partial(_evaluate, formula, inputs, (grad,)),
     )
 

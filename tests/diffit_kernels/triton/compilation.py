@@ -122,6 +122,7 @@ def _main(module: str) -> None:
         for table, content in configs.tables().items():
             configs.table_of = lambda device, content=content: content
             configs.nearest.cache_clear()
+            configs.is_listed.cache_clear()
             for name, call in importlib.import_module(module).launches(content.entries).items():
                 with _recorded() as launched, torch.device("meta"):
                     call()

@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def no_memory() -> Iterator[None]:
     for forget in (True, False):
-        for cached in (configs.nearest, configs.table_of, configs.tables):
+        for cached in (configs.nearest, configs.is_listed, configs.table_of, configs.tables):
             cached.cache_clear()
         if forget:
             yield
@@ -87,6 +87,13 @@ def test_the_table_of_the_device_comes_first(written_tables: None) -> None:
         choose("sideways", 1024, 64, 2, CUDA)
 
 
+def test_what_is_listed(written_tables: None) -> None:
+    """In the table of the device, or in the default."""
+    assert configs.is_listed("forward", CUDA)
+    assert configs.is_listed("backward", CUDA)
+    assert not configs.is_listed("sideways", CUDA)
+
+
 @pytest.mark.parametrize(
     ("device", "block"),
     [
@@ -140,11 +147,11 @@ def test_cuda_is_said_to_be_faster_at_shapes_only() -> None:
 
 
 def test_the_default_serves_every_kernel_and_size_of_number() -> None:
-    """But for the products of the perceptron, which in float32 are PyTorch's."""
+    """The products of the perceptron are PyTorch's in float32; only float32 is cut in parts."""
     entries = configs.tables()["default"].entries
     kernels = {entry["kernel"] for entry in entries}
+    sizes = {kernel: (2,) if kernel.startswith("mlp") else (2, 4) for kernel in kernels}
+    sizes |= {kernel: (4,) for kernel in kernels if kernel.endswith("_in_parts")}
     assert {(entry["kernel"], entry["itemsize"]) for entry in entries} == {
-        (kernel, itemsize)
-        for kernel in kernels
-        for itemsize in ((2,) if kernel.startswith("mlp") else (2, 4))
+        (kernel, itemsize) for kernel in kernels for itemsize in sizes[kernel]
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ TINY = {
     "large_backward_kv": {"BLOCK_M": 16, "BLOCK_N": 32},
     "large_backward_table": {"BLOCK_M": 32, "BLOCK_N": 16},
 }
+TINY |= {f"{kernel}_in_parts": parameters for kernel, parameters in TINY.items()}
 
 
 def case_of(window: tuple[int, int], head_dim: int, **options: object) -> AttentionCase:
@@ -256,28 +258,36 @@ def test_a_program_holds_no_more_than_where_it_was_tuned(
 
 
 @pytest.mark.parametrize(
-    ("window", "width", "dtype", "precision"),
+    ("kernel", "window", "dtype", "with_tf32", "without"),
     [
-        ((8, 8), 32, torch.float32, "tf32"),
-        ((4, 4), 32, torch.float32, "ieee"),
-        ((8, 8), 40, torch.float32, "ieee"),
-        ((8, 8), 32, torch.bfloat16, "ieee"),
+        ("large_forward", (16, 16), torch.float32, "bf16x3", "bf16x6"),
+        ("large_backward_q", (16, 16), torch.float32, "bf16x3", "ieee"),
+        ("small_forward", (4, 4), torch.float32, "bf16x6", "bf16x6"),
+        ("small_backward", (4, 4), torch.float32, "ieee", "ieee"),
+        ("small_forward", (8, 8), torch.bfloat16, "ieee", "ieee"),
     ],
 )
-def test_where_tf32_is_used(
-    window: tuple[int, int], width: int, dtype: torch.dtype, precision: str
+def test_how_numbers_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    window: tuple[int, int],
+    dtype: torch.dtype,
+    with_tf32: str,
+    without: str,
 ) -> None:
-    """Where it is allowed, plain PyTorch uses it too, and the kernels can."""
-    problem = replace(case_of(window, width).problem, dtype=dtype)
-    qkv = torch.empty(0, dtype=dtype)
+    """In parts where TF32 is allowed and plain PyTorch uses it; parts have tiles of their own."""
+    monkeypatch.setattr(attention, "knobs", Mock(**{"runtime.interpret": False}))
+    problem = replace(case_of(window, 40).problem, dtype=dtype)
     before = torch.get_float32_matmul_precision()
-    for allowed, expected in (("high", precision), ("highest", "ieee")):
+    for allowed, expected in (("high", with_tf32), ("highest", without)):
         torch.set_float32_matmul_precision(allowed)
+        name = kernel + "_in_parts" * (expected != "ieee")
+        args = (kernel, problem.window_tokens, problem, torch.empty(0, dtype=dtype))
         try:
-            config = attention._config("small_forward", problem.window_tokens, problem, qkv, None)
+            config = attention._config(*args, {name: {"WINDOWS": 3}})
         finally:
             torch.set_float32_matmul_precision(before)
-        assert config["PRECISION"] == expected
+        assert (config["PRECISION"], config["WINDOWS"]) == (expected, 3)
 
 
 # --- compiled for GPUs that need not be there
@@ -295,6 +305,8 @@ def launches(entries: list[configs.Entry]) -> dict[str, Callable[[], None]]:
     for window, width, dtype in sorted(shapes, key=str):
         name = f"window {window[0]}x{window[1]}, head width {width}, {name_of(dtype)}"
         calls[name] = partial(_launch, window, width, dtype)
+        if dtype == torch.float32:
+            calls[f"{name}, TF32 allowed"] = partial(_launch, window, width, dtype, allowed="high")
     calls["window 4x4, no table, no rows"] = partial(
         _launch, (4, 4), 32, torch.bfloat16, optional=False
     )
@@ -307,7 +319,22 @@ def _window(tokens: int) -> tuple[int, int]:
     return height, tokens // height
 
 
-def _launch(window: tuple[int, int], width: int, dtype: torch.dtype, optional: bool = True) -> None:
+def _launch(
+    window: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+    optional: bool = True,
+    allowed: str = "highest",
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        _launch_both(window, width, dtype, optional)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _launch_both(window: tuple[int, int], width: int, dtype: torch.dtype, optional: bool) -> None:
     problem = WindowAttentionProblem(1, window, window, 16, width, dtype, "cuda")
     qkv = torch.empty(1, problem.tokens, 3 * problem.dim, dtype=dtype)
     row = qkv[:, 0, : problem.dim] if optional else None
