@@ -100,7 +100,7 @@ def select(problem: Problem) -> ModuleType:
         choice = next(
             name
             for name in names
-            if _reason(name, problem) is None and (name != "cuda" or cuda.is_faster(problem))
+            if (name != "cuda" or cuda.is_faster(problem)) and _reason(name, problem) is None
         )
     backend = _BACKENDS[choice]
     assert isinstance(backend, ModuleType)

@@ -14,9 +14,11 @@ import torch
 import device as machine
 from gpu.job import write_json
 from gpu.limits import nvidia_smi
+from gpu.precision import PRECISIONS
 from gpu.rows import OURS, Row, best_peer, contests, named, speedup
 from gpu.schedule import OK, Outcome
 from plot import subplots
+from shapes import SHAPES
 from table import DTYPES
 
 COLORS = {"triton": "#4c78a8", "cuda": "#e8792b"}
@@ -69,16 +71,20 @@ def _rows(part: Outcome) -> list[dict[str, Any]]:
 def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
     """Time of the best peer over ours by shape, a panel per direction and precision.
 
-    A bar is of calls, the tick on it of replays of graphs. Without matplotlib nothing is drawn.
+    A bar is of calls, the line at it of replays of graphs, each with its ratio. Without matplotlib
+    nothing is drawn.
     """
     if find_spec("matplotlib") is None:
         print(f"no {path.name}: matplotlib is not installed")
         return
     from matplotlib import patches
 
-    panels = list(dict.fromkeys((row.precision, row.direction) for row in rows))
-    shapes = list(dict.fromkeys(row.shape for row in rows))
+    # As rows come, workers ended.
+    panels = sorted({(row.precision, row.direction) for row in rows}, key=_panel_order)
+    found = {row.shape for row in rows}
+    shapes = [name for name in SHAPES if name in found] or sorted(found)
     figure, axes = subplots(len(panels), shapes)
+    text = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7}
     for panel, axis in zip(panels, axes, strict=True):
         axis.set_title(f"{rows[0].operation}, {panel[1]}, {panel[0]}", loc="left", fontsize=10)
         for contest in contests(row for row in rows if (row.precision, row.direction) == panel):
@@ -87,9 +93,10 @@ def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
                 x = shapes.index(contest[0].shape) + 0.4 * (i - 0.5)
                 if ratio is not None:
                     axis.bar(x, ratio, 0.36, color=COLORS[ours])
-                    axis.annotate(f"{ratio:.2f}", (x, ratio), ha="center", va="bottom", fontsize=7)
+                    axis.annotate(f"{ratio:.2f}", (x, 0), (0, 2), color="white", **text)
                 if graphs is not None:
                     axis.plot([x - 0.18, x + 0.18], [graphs, graphs], color="black", linewidth=2)
+                    axis.annotate(f"{graphs:.2f}", (x, graphs), (0, 2), **text)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.margins(y=0.2)
         axis.spines[["top", "right"]].set_visible(False)
@@ -98,6 +105,10 @@ def draw(path: Path, rows: list[Row], device: dict[str, Any]) -> None:
     figure.supylabel("time of the best peer / ours   (line: replays of CUDA graphs)", fontsize=10)
     figure.suptitle(f"{device['device']}, torch {device['torch']}", fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _panel_order(panel: tuple[str, str]) -> tuple[int, str]:
+    return list(PRECISIONS).index(panel[0]), panel[1]
 
 
 def part_line(part: Outcome) -> str:

@@ -87,7 +87,7 @@ def _shared_limit() -> int:
 
 
 def is_faster(problem: AnyProblem) -> bool:
-    """Whether these kernels have been measured to be faster than Triton's, for "auto".
+    """Whether these kernels were measured to be faster than Triton's, both passes together.
 
     The table of the current device, which stands for all, lists (window tokens, head width) of such
     layers.

@@ -22,8 +22,11 @@ from diffit_kernels.triton.sizes import cdiv, next_power_of_2
 _SMALL = 64
 _SMALL_BYTES = 8192
 
-# Tokens of a window up to which PyTorch multiplies in float32 even where TF32 is allowed.
-_TINY = 16
+# Tokens of a window and head width from which plain PyTorch was seen to use TF32 where it is
+# allowed; in smaller products it may not.
+_TF32_TOKENS, _TF32_WIDTH = 64, 32
+# Head width up to which parts of float32 fit in registers.
+_WIDEST_IN_PARTS = 72
 _IN_PARTS = "_in_parts"
 
 # Programs that keep any GPU busy, where work may be cut at will. The same on every device, so that
@@ -202,7 +205,8 @@ def _config(
     d1 = max(16, next_power_of_2(width - d0)) if width > d0 else 0
     if d0 == d1:
         d0, d1 = 2 * d0, 0
-    name = named(kernel, problem, qkv.device)
+    precision = _precision(kernel, problem, qkv.device)
+    name = _entry_name(kernel, precision)
     if configs is None:
         entry = nearest(
             name, qkv.device, problem.dtype.itemsize, window_tokens=slots, head_dim=width
@@ -217,14 +221,18 @@ def _config(
         "HEAD_DIM": width,
         "D0": d0,
         "D1": d1,
-        "PRECISION": _precision(kernel, problem, qkv.device),
+        "PRECISION": precision,
         "enable_fp_fusion": True,
     }
 
 
 def named(kernel: str, problem: WindowAttentionProblem, device: torch.device) -> str:
     """What tables call it: where it cuts numbers in parts it has parameters of its own."""
-    return kernel if _precision(kernel, problem, device) == "ieee" else f"{kernel}{_IN_PARTS}"
+    return _entry_name(kernel, _precision(kernel, problem, device))
+
+
+def _entry_name(kernel: str, precision: str) -> str:
+    return kernel if precision == "ieee" else kernel + _IN_PARTS
 
 
 def _precision(kernel: str, problem: WindowAttentionProblem, device: torch.device) -> str:
@@ -234,11 +242,17 @@ def _precision(kernel: str, problem: WindowAttentionProblem, device: torch.devic
     place, which came out wrong on an H200 (Triton 3.6) where heads are wider than 32. Three parts,
     by six products, have all 24, but spill registers in the backward passes.
     """
-    if problem.dtype != torch.float32 or knobs.runtime.interpret:
+    width = problem.head_dim
+    if problem.dtype != torch.float32 or width > _WIDEST_IN_PARTS or knobs.runtime.interpret:
         return "ieee"
     if not is_listed(kernel + _IN_PARTS, device):
         return "ieee"
-    if torch.backends.cuda.matmul.fp32_precision == "tf32" and problem.window_tokens > _TINY:
+    if (
+        torch.backends.cuda.matmul.fp32_precision == "tf32"
+        and torch.version.hip is None  # there PyTorch may multiply in float32 all the same
+        and problem.window_tokens >= _TF32_TOKENS
+        and width >= _TF32_WIDTH
+    ):
         return "bf16x3"
     return "bf16x6" if kernel.endswith("forward") else "ieee"
 

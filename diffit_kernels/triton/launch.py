@@ -19,7 +19,7 @@ _remembers = True
 
 @contextmanager
 def forgetful() -> Iterator[None]:
-    """Every launch inside is Triton's own, for who watches or changes what Triton does."""
+    """Every launch inside is Triton's own, for those who watch or change what Triton does."""
     global _remembers
     before, _remembers = _remembers, False
     try:

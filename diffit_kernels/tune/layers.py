@@ -81,9 +81,7 @@ def candidates(kernel: str, itemsize: int) -> list[Config]:
         "small_backward": _grid(WINDOWS=(1, 2, 4), num_warps=(4, 8), num_stages=(1,))
         + _grid(WINDOWS=(1,), num_warps=(8,), num_stages=(2,)),
         "large_forward": _tiles((128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (64, 32, 4, 2))
-        + _tiles((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2))
-        if half
-        else _tiles((64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+        + _tiles((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2)),
         "large_backward_q": _tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3))
         + _tiles((64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2))
         if half

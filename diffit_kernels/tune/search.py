@@ -17,8 +17,8 @@ from diffit_kernels.tune.layers import CUDA, KERNELS, LAYERS, Layer, candidates
 from diffit_kernels.tune.passes import Pass, Shape, passes
 
 DTYPES = (torch.bfloat16, torch.float32)
-# Of the time of the forward pass, for a shorter one of both together.
-SLOWER = 1.1
+# How much longer a forward pass may take if both passes together are faster.
+FORWARD_MAY_TAKE = 1.1
 
 Call = Callable[[], object]
 
@@ -165,7 +165,7 @@ class Search:
                 times = self.machine.times([triton, rival])
             ours.append(times[0])
             theirs.append(times[1])
-        faster = theirs[0] < SLOWER * ours[0] and sum(theirs) < sum(ours)
+        faster = theirs[0] < FORWARD_MAY_TAKE * ours[0] and sum(theirs) < sum(ours)
         listed = [other for other in self.table.cuda_is_faster if other != shape]
         self.table.cuda_is_faster[:] = sorted([*listed, shape] if faster else listed)
         write(self.path, self.table)

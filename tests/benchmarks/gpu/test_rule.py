@@ -16,6 +16,7 @@ from gpu.job import Job
 from gpu.precision import PRECISIONS
 from results import FAILED, OK
 from tests.benchmarks.gpu.stand_in import stand_in, wrong
+from tests.cases import AttentionCase
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -73,6 +74,14 @@ def test_what_is_right_keeps_the_rule(
     assert row["where"]
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_plain_pytorch_is_of_the_same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TF32 and without it a case is the same, and what it remembers is not."""
+    stand_in(monkeypatch)
+    for precision in ("tf32", "float32"):
+        rule.measure(task("window_attention", precision), CPU)
+        assert AttentionCase.plain.cache_info().hits == 0
 
 
 def test_what_is_wrong_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:

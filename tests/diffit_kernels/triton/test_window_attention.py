@@ -101,6 +101,27 @@ def test_shapes(case: AttentionCase, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype))
 
 
+@pytest.fixture
+def tf32_allowed() -> Iterator[None]:
+    """What was computed without it is forgotten, and what is computed with it."""
+    before = torch.get_float32_matmul_precision()
+    for precision in ("high", before):
+        torch.set_float32_matmul_precision(precision)
+        AttentionCase.plain.cache_clear()
+        if precision == "high":
+            yield
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="TF32 is a GPU's")
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=name_of)
+def test_the_numeric_rule_with_tf32(tf32_allowed: None, case: AttentionCase) -> None:
+    plain, truth = (
+        {name: tensor.cpu() for name, tensor in tensors.items()}
+        for tensors in (case.plain(DEVICE), case.truth(DEVICE))
+    )
+    assert_numeric_rule(case.operator(), plain, truth)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", TILED, ids=name_of)
 def test_borders_of_tiles(all_in_tiles: None, case: AttentionCase, dtype: torch.dtype) -> None:
@@ -258,35 +279,42 @@ def test_a_program_holds_no_more_than_where_it_was_tuned(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "window", "dtype", "with_tf32", "without"),
+    ("table", "kernel", "window", "width", "with_tf32", "without"),
     [
-        ("large_forward", (16, 16), torch.float32, "bf16x3", "bf16x6"),
-        ("large_backward_q", (16, 16), torch.float32, "bf16x3", "ieee"),
-        ("small_forward", (4, 4), torch.float32, "bf16x6", "bf16x6"),
-        ("small_backward", (4, 4), torch.float32, "ieee", "ieee"),
-        ("small_forward", (8, 8), torch.bfloat16, "ieee", "ieee"),
+        ("default", "large_forward", (16, 16), 40, "bf16x3", "bf16x6"),
+        ("default", "large_backward_q", (16, 16), 40, "bf16x3", "ieee"),
+        ("default", "large_forward", (16, 16), 24, "bf16x6", "bf16x6"),
+        ("default", "large_forward", (16, 16), 80, "ieee", "ieee"),
+        ("default", "small_forward", (7, 8), 32, "bf16x6", "bf16x6"),
+        ("default", "small_backward", (8, 8), 32, "ieee", "ieee"),
+        ("h100", "small_backward", (8, 8), 32, "bf16x3", "ieee"),
+        ("h100", "small_backward", (7, 8), 32, "ieee", "ieee"),
     ],
 )
 def test_how_numbers_are_multiplied(
     monkeypatch: pytest.MonkeyPatch,
+    table: str,
     kernel: str,
     window: tuple[int, int],
-    dtype: torch.dtype,
+    width: int,
     with_tf32: str,
     without: str,
 ) -> None:
     """In parts where TF32 is allowed and plain PyTorch uses it; parts have tiles of their own."""
     monkeypatch.setattr(attention, "knobs", Mock(**{"runtime.interpret": False}))
-    problem = replace(case_of(window, 40).problem, dtype=dtype)
+    monkeypatch.setattr(configs, "table_of", lambda device: configs.tables()[table])
+    configs.is_listed.cache_clear()
+    problem = case_of(window, width).problem
     before = torch.get_float32_matmul_precision()
     for allowed, expected in (("high", with_tf32), ("highest", without)):
         torch.set_float32_matmul_precision(allowed)
         name = kernel + "_in_parts" * (expected != "ieee")
-        args = (kernel, problem.window_tokens, problem, torch.empty(0, dtype=dtype))
+        args = (kernel, problem.window_tokens, problem, torch.empty(0))
         try:
             config = attention._config(*args, {name: {"WINDOWS": 3}})
         finally:
             torch.set_float32_matmul_precision(before)
+            configs.is_listed.cache_clear()
         assert (config["PRECISION"], config["WINDOWS"]) == (expected, 3)
 
 

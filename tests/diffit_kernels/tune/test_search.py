@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -157,6 +159,15 @@ def test_the_fastest_is_kept(path: Path) -> None:
     }
     assert "1.0 us, 3.00x (4 of 4 compared)" in line
     assert machine.compiled == 4
+
+
+def test_float32_is_in_parts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass of a small window; without TF32 its gradient is not."""
+    attention = import_module("diffit_kernels.triton.attention")
+    monkeypatch.setattr(attention, "knobs", Mock(**{"runtime.interpret": False}))
+    work = next(iter(passes("window_attention", SMALL, torch.float32, CPU)))
+    assert work.kernels.keys() == {"small_forward_in_parts"}
+    assert attention.named("small_backward", work.problem, CPU) == "small_backward"
 
 
 def test_the_known_stays_where_nothing_is_faster(path: Path) -> None:
