@@ -140,9 +140,15 @@ class AttentionCase:
         )
         return {name: tensor.cpu() for name, tensor in outputs.items()}
 
-    @cache
     def plain(self, device: str = "cpu") -> Tensors:
-        """The equations in PyTorch, differentiated by autograd, in the dtype of the case."""
+        """The equations in PyTorch, differentiated by autograd, in the dtype of the case.
+
+        In float32 with TF32 where that is allowed at the time.
+        """
+        return self._plain(device, torch.get_float32_matmul_precision())
+
+    @cache
+    def _plain(self, device: str, precision: str) -> Tensors:
         case = replace(self, device=device)
         return case._outputs(partial(_plain_attention, case))
 

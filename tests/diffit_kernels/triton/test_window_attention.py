@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -101,25 +102,24 @@ def test_shapes(case: AttentionCase, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype))
 
 
-@pytest.fixture
-def tf32_allowed() -> Iterator[None]:
-    """What was computed without it is forgotten, and what is computed with it."""
+@contextmanager
+def allowing(precision: str) -> Iterator[None]:
+    """ "high" allows TF32."""
     before = torch.get_float32_matmul_precision()
-    for precision in ("high", before):
-        torch.set_float32_matmul_precision(precision)
-        AttentionCase.plain.cache_clear()
-        if precision == "high":
-            yield
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="TF32 is a GPU's")
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=name_of)
-def test_the_numeric_rule_with_tf32(tf32_allowed: None, case: AttentionCase) -> None:
-    plain, truth = (
-        {name: tensor.cpu() for name, tensor in tensors.items()}
-        for tensors in (case.plain(DEVICE), case.truth(DEVICE))
-    )
-    assert_numeric_rule(case.operator(), plain, truth)
+def test_the_numeric_rule_with_tf32(case: AttentionCase) -> None:
+    with allowing("high"):
+        got, *references = case.operator(), case.plain(DEVICE), case.truth(DEVICE)
+    plain, truth = ({k: x.cpu() for k, x in tensors.items()} for tensors in references)
+    assert_numeric_rule(got, plain, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -303,18 +303,13 @@ def test_how_numbers_are_multiplied(
     """In parts where TF32 is allowed and plain PyTorch uses it; parts have tiles of their own."""
     monkeypatch.setattr(attention, "knobs", Mock(**{"runtime.interpret": False}))
     monkeypatch.setattr(configs, "table_of", lambda device: configs.tables()[table])
-    configs.is_listed.cache_clear()
+    monkeypatch.setattr(attention, "is_listed", configs.is_listed.__wrapped__)
     problem = case_of(window, width).problem
-    before = torch.get_float32_matmul_precision()
     for allowed, expected in (("high", with_tf32), ("highest", without)):
-        torch.set_float32_matmul_precision(allowed)
         name = kernel + "_in_parts" * (expected != "ieee")
         args = (kernel, problem.window_tokens, problem, torch.empty(0))
-        try:
+        with allowing(allowed):
             config = attention._config(*args, {name: {"WINDOWS": 3}})
-        finally:
-            torch.set_float32_matmul_precision(before)
-            configs.is_listed.cache_clear()
         assert (config["PRECISION"], config["WINDOWS"]) == (expected, 3)
 
 
@@ -354,21 +349,13 @@ def _launch(
     optional: bool = True,
     allowed: str = "highest",
 ) -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        _launch_both(window, width, dtype, optional)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _launch_both(window: tuple[int, int], width: int, dtype: torch.dtype, optional: bool) -> None:
     problem = WindowAttentionProblem(1, window, window, 16, width, dtype, "cuda")
     qkv = torch.empty(1, problem.tokens, 3 * problem.dim, dtype=dtype)
     row = qkv[:, 0, : problem.dim] if optional else None
     table = torch.empty(problem.table_rows, 16) if optional else None
-    out, lse = attention.window_attention(problem, qkv, table, row, row, 1.0)
-    attention.window_attention_backward(problem, out, qkv, table, row, row, lse, 1.0)
+    with allowing(allowed):
+        out, lse = attention.window_attention(problem, qkv, table, row, row, 1.0)
+        attention.window_attention_backward(problem, out, qkv, table, row, row, lse, 1.0)
 
 
 def test_every_target() -> None:
