@@ -114,3 +114,14 @@ def test_batched_gradients() -> None:
     batched = torch.autograd.grad(y, leaves, several, is_grads_batched=True)
     for got, *expected in zip(batched, *each, strict=True):
         torch.testing.assert_close(got, torch.stack(expected))
+
+
+@pytest.mark.parametrize(("avx512", "avx512_bf16"), [(False, False), (True, False), (True, True)])
+def test_what_onednn_emulates_is_slow(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, avx512_bf16: bool
+) -> None:
+    """It takes bfloat16 on any AVX-512; processors without that have instructions, or it refuses."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert products._has_bfloat16() == (avx512 == avx512_bf16)
