@@ -241,8 +241,11 @@ PYBIND11_MODULE(_native, m) {
     m.def("window_attention_backward", window_attention_backward, release);
     m.def("bias_gelu", bias_gelu, release);
     m.def("bias_gelu_backward", bias_gelu_backward, release);
-    m.def("has_linear",
-          [](int dtype) { return diffit::has_linear(static_cast<diffit::DType>(dtype)); });
+    m.def("linear_product",
+          [](int dtype) { return diffit::linear_product(static_cast<diffit::DType>(dtype)); });
+    m.def("has_weight_gradient", [](int dtype) {
+        return diffit::has_weight_gradient(static_cast<diffit::DType>(dtype));
+    });
     m.def("linear", linear, release);
     m.def("weight_gradient", weight_gradient, release);
     m.def("mlp", mlp, release);

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
 
 import diffit_kernels as dk
 from diffit_kernels import native
+from diffit_kernels.native import layers, library
 
 BACKENDS = ["reference"]
 if dk.available_backends()["cpu"] is None:
@@ -26,3 +30,31 @@ def running_on(backend: str) -> Iterator[None]:
                 yield
         else:
             yield
+
+
+@contextmanager
+def linear_kernels_of_any_size() -> Iterator[None]:
+    """Run linear layers by kernels wherever there are some, faster than PyTorch or not."""
+    always = {key: layers._Limits() for key in layers._FUSED}
+    with patch.multiple(layers, **dict.fromkeys(("_FUSED", "_PRODUCT", "_TRANSPOSED"), always)):
+        yield
+
+
+@contextmanager
+def linear_kernels_on(instruction_set: str) -> Iterator[None]:
+    """The same, by those of one instruction set."""
+    with native.use_instruction_set(instruction_set), linear_kernels_of_any_size():
+        yield
+
+
+def _with_linear_kernels(has_kernel: Callable[[int], object]) -> list[tuple[str, torch.dtype]]:
+    """The instruction sets and dtypes that have a kernel."""
+    found = []
+    for name in native.instruction_sets():
+        with native.use_instruction_set(name):
+            found += [(name, dtype) for dtype, i in native.DTYPES.items() if has_kernel(i)]
+    return found
+
+
+LINEAR_KERNELS = _with_linear_kernels(lambda dtype: library.kernels.linear_product(dtype))
+GRADIENT_KERNELS = _with_linear_kernels(lambda dtype: library.kernels.has_weight_gradient(dtype))

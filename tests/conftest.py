@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from diffit_kernels import dispatch
-from tests.backends import BACKENDS, FASTEST, running_on
+from tests.backends import (
+    BACKENDS,
+    FASTEST,
+    GRADIENT_KERNELS,
+    LINEAR_KERNELS,
+    linear_kernels_on,
+    running_on,
+)
 
 # On a GPU, deterministic algorithms need this of cuBLAS before its first call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -32,6 +39,27 @@ def fastest_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend once, the compiled kernels on their fastest instruction set."""
     with running_on(request.param):
         yield request.param
+
+
+@pytest.fixture(params=dict(LINEAR_KERNELS))
+def linear_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set with kernels of linear layers, which run them."""
+    with linear_kernels_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=LINEAR_KERNELS, ids=str)
+def linear_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """The same with every dtype that they take."""
+    with linear_kernels_on(request.param[0]):
+        yield request.param[1]
+
+
+@pytest.fixture(params=GRADIENT_KERNELS, ids=str)
+def gradient_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Every dtype of the kernels of weights' gradients, which run."""
+    with linear_kernels_on(request.param[0]):
+        yield request.param[1]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,8 +18,9 @@ void window_attention(WindowAttention problem, int threads);
 void window_attention_backward(WindowAttention problem, int threads);
 void bias_gelu(BiasGelu problem, int threads);
 void bias_gelu_backward(BiasGelu problem, int threads);
-// Whether there are kernels of linear layers for this dtype.
-bool has_linear(DType dtype);
+// What multiplies in the kernels of linear layers for this dtype, tiles or vectors; empty without them.
+std::string linear_product(DType dtype);
+bool has_weight_gradient(DType dtype);
 void linear(Linear problem, Weight weight, int threads);
 void weight_gradient(WeightGradient problem, int threads);
 void mlp(const MLP& problem, int threads);

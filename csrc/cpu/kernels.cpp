@@ -51,33 +51,48 @@ constexpr Kernels kernels_of() {
             BiasGeluKernel<T>::forward,
             BiasGeluKernel<T>::backward,
             {AddLayerNormKernel<T, T>::forward, AddLayerNormKernel<float, T>::forward},
-            {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward},
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr};
+            {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward}};
 }
 
-template <class T>
+template <class Product>
 constexpr Kernels with_linear(Kernels kernels) {
-#if defined(__AMX_BF16__)
-    kernels.enter = Bfloat16Engine::enter;
-    kernels.leave = Bfloat16Engine::leave;
-    kernels.pack = LinearKernel<T>::pack;
-    kernels.linear = LinearKernel<T>::run;
-    kernels.mlp = LinearKernel<T>::mlp;
-    kernels.weight_gradient_scratch = WeightGradientKernel<T>::scratch;
-    kernels.weight_gradient = WeightGradientKernel<T>::run;
-    kernels.sum_parts = WeightGradientKernel<T>::sum_parts;
-    kernels.skinny_scratch = SkinnyLinearKernel<T>::scratch;
-    kernels.skinny_linear = SkinnyLinearKernel<T>::run;
-#endif
+    kernels.product = Product::name;
+    kernels.packed_size = Product::packed_size;
+    kernels.pack = LinearKernel<Product>::pack;
+    kernels.linear_scratch = LinearKernel<Product>::scratch;
+    kernels.linear = LinearKernel<Product>::run;
+    kernels.mlp = LinearKernel<Product>::mlp;
+    kernels.skinny_scratch = SkinnyLinearKernel<typename Product::T>::scratch;
+    kernels.skinny_linear = SkinnyLinearKernel<typename Product::T>::run;
     return kernels;
 }
+
+#if defined(__AMX_BF16__)
+
+template <class E, class T>
+constexpr Kernels all_kernels() {
+    Kernels kernels = kernels_of<E, T>();
+    if constexpr (!std::is_same<T, fp16>::value) {
+        kernels = with_linear<TileProduct<T>>(kernels);
+        kernels.enter = Bfloat16Engine::enter;
+        kernels.leave = Bfloat16Engine::leave;
+        kernels.weight_gradient_scratch = WeightGradientKernel<T>::scratch;
+        kernels.weight_gradient = WeightGradientKernel<T>::run;
+        kernels.sum_parts = WeightGradientKernel<T>::sum_parts;
+    }
+    return kernels;
+}
+
+#else
+
+template <class E, class T>
+constexpr Kernels all_kernels() {
+    constexpr bool vectors = W >= 8 && std::is_same<E, FloatEngine>::value;
+    if constexpr (vectors) return with_linear<VectorProduct<T>>(kernels_of<E, T>());
+    return kernels_of<E, T>();
+}
+
+#endif
 
 }  // namespace
 
@@ -86,10 +101,10 @@ constexpr Kernels with_linear(Kernels kernels) {
 
 namespace DIFFIT_ISA {
 extern const InstructionSet instruction_set;
-const InstructionSet instruction_set = {DIFFIT_STRING(DIFFIT_ISA),
-                                        {with_linear<float>(kernels_of<FloatEngine, float>()),
-                                         with_linear<bf16>(kernels_of<EngineOfBfloat16, bf16>()),
-                                         kernels_of<FloatEngine, fp16>()}};
+const InstructionSet instruction_set = {
+    DIFFIT_STRING(DIFFIT_ISA),
+    {all_kernels<FloatEngine, float>(), all_kernels<EngineOfBfloat16, bf16>(),
+     all_kernels<FloatEngine, fp16>()}};
 }  // namespace DIFFIT_ISA
 
 }  // namespace diffit

@@ -17,28 +17,29 @@ int64_t most_rows(const Linear& p) {
 }
 
 void run_linear(Linear p, const Kernels& k, int threads) {
-    // Packed weights of floats come from the third-level cache: once for more rows, where there are.
+    // Packed weights of more than 2 bytes come from the third-level cache: once for more rows, where
+    // there are.
     const int64_t rows =
-        p.dtype == DType::float32
+        k.packed_size > 2
             ? std::clamp(p.rows / (2 * threads), rows_of_item / 2, 2 * rows_of_item)
             : rows_of_item;
     p.row_blocks = std::max<int64_t>(1, p.rows / rows);
     const int64_t wanted = 4 * threads / p.row_blocks, most = p.n / (4 * linear_block);
     p.column_blocks = std::max<int64_t>(1, std::min(wanted, most));
-    const size_t bytes = linear_scratch(p, most_rows(p));
+    const size_t bytes = k.linear_scratch(p, most_rows(p));
     for_each_item(k, p.row_blocks * p.column_blocks, bytes, 0, threads,
                   [&](int64_t item, char* scratch) { k.linear(p, item, scratch); });
 }
 
 // Sets where in memory the weights lie once packed, one behind the other; returns their panels.
 template <size_t count>
-int64_t place(Weight (&weights)[count], DType dtype, Scratch& memory) {
+int64_t place(Weight (&weights)[count], const Kernels& k, Scratch& memory) {
     int64_t size = 0, panels = 0;
     for (const Weight& w : weights) size += w.n * w.k;
-    char* packed = memory.reserve(size * packed_size(dtype));
+    char* packed = memory.reserve(size * k.packed_size);
     for (Weight& w : weights) {
         w.packed = packed;
-        packed += w.n * w.k * packed_size(dtype);
+        packed += w.n * w.k * k.packed_size;
         panels += w.panels();
     }
     return panels;
@@ -51,9 +52,9 @@ void pack_panel(const Weight* w, int64_t panel, const Kernels& k) {
 }
 
 template <size_t count>
-void pack(Weight (&weights)[count], DType dtype, const Kernels& k, int threads) {
+void pack(Weight (&weights)[count], const Kernels& k, int threads) {
     static thread_local Scratch memory;
-    for_each_item(k, place(weights, dtype, memory), 0, 0, threads,
+    for_each_item(k, place(weights, k, memory), 0, 0, threads,
                   [&](int64_t panel, char*) { pack_panel(weights, panel, k); });
 }
 
@@ -62,7 +63,7 @@ void pack(Weight (&weights)[count], DType dtype, const Kernels& k, int threads) 
 void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kernels& k, int threads) {
     const auto hidden_size = [&](int64_t rows) {
         return (rows + linear_block - 1) / linear_block * linear_block * m.hidden_features *
-               packed_size(m.dtype);
+               k.packed_size;
     };
     Linear fc1{}, fc2{};
     fc1.rows = fc2.rows = m.rows;
@@ -94,7 +95,7 @@ void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kerne
     fc1.row_blocks = fc2.row_blocks = std::clamp<int64_t>(wanted, threads, m.rows / linear_block);
     const int64_t rows = most_rows(fc1);
     const size_t bytes =
-        std::max(linear_scratch(fc1, rows), linear_scratch(fc2, rows)) + hidden_size(rows);
+        std::max(k.linear_scratch(fc1, rows), k.linear_scratch(fc2, rows)) + hidden_size(rows);
     for_each_item(k, fc1.row_blocks, bytes, 0, threads, [&](int64_t item, char* scratch) {
         k.mlp(fc1, fc2, item, scratch);
     });
@@ -173,7 +174,7 @@ void run_tmsa(WindowAttention a, Linear qkv, Linear proj, const Kernels& k, int 
     strips.expand_bias(threads);
     qkv.row_blocks = qkv.column_blocks = proj.row_blocks = proj.column_blocks = 1;
     const size_t zeros = k.forward_scratch(strips.attention(0));
-    const size_t products = std::max(linear_scratch(qkv, most), linear_scratch(proj, most));
+    const size_t products = std::max(k.linear_scratch(qkv, most), k.linear_scratch(proj, most));
     const size_t bytes = zeros + products + 4 * most * row_size;
     for_each_item(k, strips.count(), bytes, zeros, threads, [&](int64_t strip, char* scratch) {
         const int64_t first = strips.first(strip) * row_size;
@@ -230,12 +231,14 @@ void add_layer_norm_backward(AddLayerNorm p, int threads) {
                   [&](int64_t item, char* scratch) { kernel(p, item, scratch); });
 }
 
-bool has_linear(DType dtype) { return kernels(dtype).linear != nullptr; }
+std::string linear_product(DType dtype) { return kernels(dtype).product; }
+
+bool has_weight_gradient(DType dtype) { return kernels(dtype).weight_gradient != nullptr; }
 
 void linear(Linear p, Weight w, int threads) {
     const Kernels& k = kernels(p.dtype);
     Weight weights[] = {w};
-    pack(weights, p.dtype, k, threads);
+    pack(weights, k, threads);
     p.packed = weights[0].packed;
     run_linear(p, k, threads);
 }
@@ -278,7 +281,7 @@ void mlp(const MLP& m, int threads) {
     const Kernels& k = kernels(m.dtype);
     Weight weights[] = {{m.hidden_features, m.in_features, m.fc1_weight, false, nullptr},
                         {m.out_features, m.hidden_features, m.fc2_weight, false, nullptr}};
-    pack(weights, m.dtype, k, threads);
+    pack(weights, k, threads);
     run_mlp(m, weights[0].packed, weights[1].packed, k, threads);
 }
 
@@ -311,7 +314,7 @@ void block(const DiffiTBlock& b, int threads) {
                         {dim, dim, b.proj_weight, false, nullptr},
                         {b.hidden_features, dim, b.fc1_weight, false, nullptr},
                         {dim, b.hidden_features, b.fc2_weight, false, nullptr}};
-    const int64_t panels = place(weights, a.dtype, packed), part = dim / row.chunk;
+    const int64_t panels = place(weights, k, packed), part = dim / row.chunk;
     // Softmax does not see what is added to k.
     for_each_item(k, panels + (b.temb ? 2 * part : 0), k.skinny_scratch(row), 0, threads,
                   [&](int64_t item, char* scratch) {

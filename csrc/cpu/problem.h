@@ -60,7 +60,7 @@ struct Weight {
     int64_t n, k;
     const void* data;  // (n, k), or if transposed (k, n)
     bool transposed;
-    void* packed;  // n k numbers of packed_size
+    void* packed;  // n k numbers, of Kernels::packed_size bytes each
     int64_t panels() const { return n / linear_block; }
 };
 
@@ -178,44 +178,24 @@ struct Kernels {
     // For x of the dtype of y, and of float32.
     void (*add_layer_norm[2])(const AddLayerNorm&, int64_t item, char* scratch);
     void (*add_layer_norm_backward[2])(const AddLayerNorm&, int64_t item, char* scratch);
-    // Null where PyTorch's products are as fast.
-    void (*pack)(const Weight&, int64_t panel);
-    void (*linear)(const Linear&, int64_t item, char* scratch);
-    void (*mlp)(const Linear& fc1, const Linear& fc2, int64_t item, char* scratch);
-    size_t (*weight_gradient_scratch)(const WeightGradient&);
-    void (*weight_gradient)(const WeightGradient&, int64_t item, char* scratch);
-    void (*sum_parts)(const WeightGradient&, int64_t row);
-    size_t (*skinny_scratch)(const SkinnyLinear&);
-    void (*skinny_linear)(const SkinnyLinear&, int64_t item, char* scratch);
+    // Null where PyTorch's products are as fast. A packed number has so many bytes.
+    const char* product = "";
+    int64_t packed_size = 0;
+    void (*pack)(const Weight&, int64_t panel) = nullptr;
+    size_t (*linear_scratch)(const Linear&, int64_t rows) = nullptr;
+    void (*linear)(const Linear&, int64_t item, char* scratch) = nullptr;
+    void (*mlp)(const Linear& fc1, const Linear& fc2, int64_t item, char* scratch) = nullptr;
+    size_t (*weight_gradient_scratch)(const WeightGradient&) = nullptr;
+    void (*weight_gradient)(const WeightGradient&, int64_t item, char* scratch) = nullptr;
+    void (*sum_parts)(const WeightGradient&, int64_t row) = nullptr;
+    size_t (*skinny_scratch)(const SkinnyLinear&) = nullptr;
+    void (*skinny_linear)(const SkinnyLinear&, int64_t item, char* scratch) = nullptr;
 };
 
 struct InstructionSet {
     const char* name;
     Kernels kernels[3];  // by DType
 };
-
-// Bytes of a number that is packed for products: in bfloat16, floats as three of those.
-constexpr int64_t packed_size(DType dtype) { return dtype == DType::float32 ? 6 : 2; }
-
-// Floats are multiplied and added up over blocks of k of this length at most.
-constexpr int64_t linear_k_block = 576;
-
-// Bytes of the norm of so many rows of x, and of what it takes.
-inline size_t norm_scratch(const Linear& p, int64_t rows) {
-    if (p.norm_eps == 0) return 0;
-    return (rows * size_of(p.dtype) + norm_rows * sizeof(float)) * p.k;
-}
-
-// Of an item of so many rows: two blocks of sums, the norm of x, and of floats a block of k of x,
-// packed, and the sums of the blocks before.
-inline size_t linear_scratch(const Linear& p, int64_t rows) {
-    size_t bytes = 2 * linear_block * linear_block * sizeof(float) + norm_scratch(p, rows);
-    if (p.dtype != DType::float32) return bytes;
-    rows = (rows + linear_block - 1) / linear_block * linear_block;
-    if (!p.x_packed) bytes += rows * std::min(p.k, linear_k_block) * packed_size(p.dtype);
-    if (p.k > linear_k_block) bytes += rows * p.n * sizeof(float);
-    return bytes;
-}
 
 // Lanes that a kernel may touch past the end of the expanded bias, and of its gradient in scratch.
 constexpr int64_t bias_slack = 64;

@@ -11,9 +11,10 @@ namespace diffit {
 namespace {
 
 template <class T>
-struct WeightGradientKernel : LinearKernel<T> {
-    using Base = LinearKernel<T>;
+struct WeightGradientKernel : LinearKernel<TileProduct<T>> {
+    using Base = LinearKernel<TileProduct<T>>;
     using Base::N;
+    using Base::packed_size;
     using Base::parts;
     using Base::split;
     using Base::step_size;
@@ -53,7 +54,7 @@ struct WeightGradientKernel : LinearKernel<T> {
     static size_t scratch(const WeightGradient& p) {
         const auto most = [](int64_t size, int64_t parts) { return size / parts + N; };
         const int64_t packed = (most(p.n, p.n_parts) + most(p.k, p.k_parts)) * p.chunk;
-        return 2 * N * N * sizeof(float) + packed * packed_size(p.dtype);
+        return 2 * N * N * sizeof(float) + packed * packed_size;
     }
 
     static void run(const WeightGradient& p, int64_t item, char* scratch) {

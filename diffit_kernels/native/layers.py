@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +24,30 @@ _HIDDEN_BYTES = 8 * 2**20
 
 # A factor of all features that the kernels of linear layers take.
 _LINEAR_BLOCK = 32
-# The least rows that they take, and the largest weight, by dtype: in float32 rows make up for
-# packing the weight, whose three parts are to stay near.
-_LEAST_ROWS = {torch.float32: 512, torch.bfloat16: 32}
-_LARGEST_WEIGHT = {torch.float32: 2**20, torch.bfloat16: math.inf}
+
+
+class _Limits(NamedTuple):
+    """The least rows and the largest weight for which a kernel is faster than PyTorch's."""
+
+    rows: int = 32
+    weight: float = math.inf
+
+
+# Of the kernels of linear layers, by what multiplies. In float32 rows make up for packing the
+# weight, which is to stay near.
+_FUSED = {
+    ("tiles", torch.float32): _Limits(512, 2**20),
+    ("tiles", torch.bfloat16): _Limits(),
+    ("vectors", torch.float32): _Limits(128, 2**20),
+    ("vectors", torch.bfloat16): _Limits(),
+    ("vectors", torch.float16): _Limits(),
+}
+# Of those of products alone: by vectors they are only of what PyTorch has no instructions for.
+_PRODUCT = {key: limits for key, limits in _FUSED.items() if key != ("vectors", torch.float32)}
+_TRANSPOSED = _PRODUCT | {
+    ("vectors", torch.bfloat16): _Limits(weight=2**20),
+    ("vectors", torch.float16): _Limits(weight=2**20),
+}
 
 # The most time tokens that a block multiplies by a kernel of its own.
 _FEW_ROWS = 16
@@ -34,11 +55,24 @@ _FEW_ROWS = 16
 
 def has_product(dtype: torch.dtype, rows: int, *features: int) -> bool:
     """Whether there is a kernel of linear layers, faster than PyTorch's, for these sizes."""
-    if rows < _LEAST_ROWS.get(dtype, math.inf) or not library.kernels.has_linear(DTYPES[dtype]):
+    return _is_within(_PRODUCT, dtype, rows, features)
+
+
+def is_fused(dtype: torch.dtype, rows: int, *features: int) -> bool:
+    """Whether linear layers and what is around them are faster as one kernel for these sizes."""
+    return _is_within(_FUSED, dtype, rows, features)
+
+
+def _is_within(
+    kernels: dict[tuple[str, torch.dtype], _Limits],
+    dtype: torch.dtype,
+    rows: int,
+    features: tuple[int, ...],
+) -> bool:
+    limits = dtype in DTYPES and kernels.get((library.kernels.linear_product(DTYPES[dtype]), dtype))
+    if not limits or rows < limits.rows or not _are_whole_blocks(features):
         return False
-    if not _are_whole_blocks(features):
-        return False
-    return all(n * k <= _LARGEST_WEIGHT[dtype] for n, k in pairwise(features))
+    return all(n * k <= limits.weight for n, k in pairwise(features))
 
 
 def _are_whole_blocks(sizes: tuple[int, ...]) -> bool:
@@ -54,14 +88,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``a b``, in their dtype, in ``out`` if given, which is contiguous."""
-    if has_product(a.dtype, a.shape[0], *b.shape):
+    if _is_within(_TRANSPOSED, a.dtype, a.shape[0], b.shape):
         return _linear(a, b.contiguous(), None, b.shape[1], transposed=True, out=out)
     return products.mm(a, b, out=out)
 
 
 def has_weight_gradient(dtype: torch.dtype, *sizes: int) -> bool:
     """Whether there is a kernel of the gradient of a weight for so many rows and features."""
-    if dtype not in _LEAST_ROWS or not library.kernels.has_linear(DTYPES[dtype]):
+    if dtype not in DTYPES or not library.kernels.has_weight_gradient(DTYPES[dtype]):
         return False
     return _are_whole_blocks(sizes)
 
@@ -129,7 +163,7 @@ def mlp(
     y = (x if residual is None else residual).new_empty(problem.rows, problem.out_features)
     features = (problem.in_features, problem.hidden_features, problem.out_features)
     inputs = (x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
-    fused = has_product(problem.dtype, problem.rows, *features)
+    fused = is_fused(problem.dtype, problem.rows, *features)
     hidden = (_fused_mlp if fused else _mlp_in_parts)(problem, y, save_hidden, *inputs)
     return y.reshape(*x.shape[:-1], problem.out_features), hidden
 
@@ -291,7 +325,7 @@ def block(
     scale: float,
     eps: tuple[float, float],
 ) -> Tensor:
-    """A block in inference whose layers ``has_product``; ``weights`` as the operator takes them."""
+    """A block in inference whose layers are fused; ``weights`` as the operator takes them."""
     _, qkv_bias, temb_weight, temb_bias, *_ = weights
     if temb is not None and temb_weight is not None and problem.batch > _FEW_ROWS:
         row, temb = linear(temb, temb_weight, temb_bias), None

@@ -64,8 +64,8 @@ def _has_kernels(
     window = as_pair("window_size", window_size)
     return (
         dispatch.runs_native(x.device.type)
-        and native.has_product(x.dtype, batch * tokens, dim, 3 * dim)
-        and native.has_product(x.dtype, batch * tokens, dim, hidden_features, dim)
+        and native.is_fused(x.dtype, batch * tokens, dim, 3 * dim)
+        and native.is_fused(x.dtype, batch * tokens, dim, hidden_features, dim)
         and native.supports_window(dim // num_heads, window) is None
     )
 

@@ -67,13 +67,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias. Without ``weights`` all but the first have no elements."""
     _check_backward(grad_y, x, weight)
-    rows = grad_y.reshape(-1, grad_y.shape[-1])
+    x_rows = x.reshape(-1, x.shape[-1])
+    grad_rows = grad_y.reshape(len(x_rows), len(weight))
     backend = dispatch.select_products("cpu")
     with autocast.disabled(x):
-        grad_x = backend.mm(rows, weight).view(x.shape)
+        grad_x = backend.mm(grad_rows, weight).view(x.shape)
         if not weights:
             return grad_x, x.new_empty(0), x.new_empty(0)
-        return grad_x, *backend.weight_gradient(rows, x.reshape(-1, x.shape[-1]))
+        return grad_x, *backend.weight_gradient(grad_rows, x_rows)
 
 
 @_backward.register_fake

@@ -16,20 +16,11 @@ import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock
 from diffit_kernels import native, reference
 from diffit_kernels.block import Weights
-from diffit_kernels.native import layers
 from tests.block_case import CASES, Case, arguments, run
 from tests.numeric_rule import assert_numeric_rule
 
 DTYPES = [torch.float32, torch.bfloat16]
 BLOCK, TRAINING = torch.ops.diffit.block, torch.ops.diffit.block_training
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of linear layers; elsewhere the operators of the layers run."""
-    monkeypatch.setitem(layers._LEAST_ROWS, torch.float32, 32)
-    if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
-        pytest.skip("no faster products than PyTorch's for this processor")
 
 
 def runs_at_once(block: nn.Module, inputs: dict[str, Any], call: Callable[..., Any] = run) -> bool:
@@ -38,16 +29,14 @@ def runs_at_once(block: nn.Module, inputs: dict[str, Any], call: Callable[..., A
     return kernel.called
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_numeric_rule(
-    threads: Callable[[int], None], count: int, case: Case, dtype: torch.dtype
+    threads: Callable[[int], None], count: int, case: Case, linear_dtype: torch.dtype
 ) -> None:
     threads(count)
-    block, inputs = case.block(dtype), case.inputs(dtype)
+    block, inputs = case.block(linear_dtype), case.inputs(linear_dtype)
     assert runs_at_once(block, inputs)
     exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     with dk.use_backend("reference"):
@@ -56,21 +45,19 @@ def test_the_numeric_rule(
     assert_numeric_rule({"y": got}, {"y": plain}, {"y": run(block.double(), exact)})
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_threads_do_not_change_a_bit(
-    threads: Callable[[int], None], case: Case, dtype: torch.dtype
+    threads: Callable[[int], None], case: Case, linear_dtype: torch.dtype
 ) -> None:
     """With more threads than parts it is computed layer by layer."""
-    block, inputs = case.block(dtype), case.inputs(dtype)
+    block, inputs = case.block(linear_dtype), case.inputs(linear_dtype)
     expected = run(block, inputs)
     for count in (2, 3, 32):
         threads(count)
         assert torch.equal(run(block, inputs), expected)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_a_row_in_place_of_the_token(case: Case) -> None:
     block, inputs = case.block(torch.float32), case.inputs(torch.float32)
@@ -81,7 +68,7 @@ def test_a_row_in_place_of_the_token(case: Case) -> None:
     torch.testing.assert_close(run(block, by_row), run(block, inputs))
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 def test_norms_have_their_own_eps() -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     block.norm1.eps, block.norm2.eps = 0.5, 8.0
@@ -91,10 +78,8 @@ def test_norms_have_their_own_eps() -> None:
     torch.testing.assert_close(run(block, inputs), expected)
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs(dtype: torch.dtype) -> None:
-    block, inputs = CASES[0].block(dtype), CASES[0].inputs(dtype)
+def test_strided_inputs(linear_dtype: torch.dtype) -> None:
+    block, inputs = CASES[0].block(linear_dtype), CASES[0].inputs(linear_dtype)
     expected = run(block, inputs)
     for name in ("x", "temb"):
         inputs[name] = inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -104,11 +89,9 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
     assert torch.equal(run(block, inputs), expected)
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_what_is_not_finite_stays_in_its_window(value: float, dtype: torch.dtype) -> None:
-    block, inputs = CASES[0].block(dtype), CASES[0].inputs(dtype)
+def test_what_is_not_finite_stays_in_its_window(value: float, linear_dtype: torch.dtype) -> None:
+    block, inputs = CASES[0].block(linear_dtype), CASES[0].inputs(linear_dtype)
     expected = run(block, inputs)
     inputs["x"][1, 0, 3] = value
     y, expected = (
@@ -155,13 +138,13 @@ CHANGES: dict[str, Callable[[DiffiTBlock, dict[str, Any]], object]] = {
     ),
     "a token of three dimensions": lambda _, inputs: inputs.update(temb=inputs["temb"][:, None]),
     "another dtype": lambda block, inputs: (
-        block.half(),
-        inputs.update(x=inputs["x"].half(), temb=inputs["temb"].half()),
+        block.double(),
+        inputs.update(x=inputs["x"].double(), temb=inputs["temb"].double()),
     ),
 }
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_takes_the_operators_of_the_layers(change: str) -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
@@ -170,7 +153,7 @@ def test_what_takes_the_operators_of_the_layers(change: str) -> None:
     assert not runs_at_once(block, inputs)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 def test_hooks_on_all_modules_run() -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     seen = []
@@ -182,7 +165,7 @@ def test_hooks_on_all_modules_run() -> None:
     assert {block.attn, block.mlp, block} <= set(seen)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 def test_gradients_and_autocast_take_the_operators_of_the_layers() -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     assert runs_at_once(block, inputs)
@@ -231,7 +214,7 @@ def test_opcheck_of_the_gradient() -> None:
                 assert grad.numel() == (tensor.numel() if there else 0)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 def test_a_stream_of_float32_is_not_read_as_bfloat16() -> None:
     call, stream = (arguments(CASES[0], dtype) for dtype in (torch.bfloat16, torch.float32))
     y = BLOCK(**call | {"x": stream["x"]})
@@ -302,7 +285,7 @@ def test_without_kernels_the_operators_of_the_layers_run(
     torch.testing.assert_close(BLOCK(**call), expected)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 def test_hidden_features_are_those_of_the_weights() -> None:
     """As after pruning."""
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
@@ -313,7 +296,7 @@ def test_hidden_features_are_those_of_the_weights() -> None:
         assert runs_at_once(block, inputs) == (count == 96)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("linear_kernels")
 def test_classes_may_be_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     block, inputs = CASES[0].block(torch.float32), CASES[0].inputs(torch.float32)
     assert runs_at_once(block, inputs)

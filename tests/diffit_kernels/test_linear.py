@@ -1,7 +1,8 @@
-"""Products where PyTorch's are not the fastest: the kernel on tile registers."""
+"""The kernels of linear layers, by tile registers and by vectors, and what goes to them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
 from diffit_kernels import native, products
-from diffit_kernels.native import layers
+from diffit_kernels.native import layers, library
 from diffit_kernels.ops.linear import linear
-from tests.backends import running_on
+from tests.backends import GRADIENT_KERNELS, LINEAR_KERNELS, running_on
 from tests.cases import MLPCase
 from tests.numeric_rule import assert_numeric_rule
 
@@ -38,16 +39,7 @@ GRADIENTS = [
     (64, 1248, 32),
     (1024, 160, 64),
 ]
-DTYPES = [torch.float32, torch.bfloat16]
 OPERATORS = (torch.ops.diffit.linear, torch.ops.diffit.linear_backward)
-
-
-@pytest.fixture(autouse=True)
-def fastest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As users have them; elsewhere these tests would be PyTorch against itself."""
-    monkeypatch.setitem(layers._LEAST_ROWS, torch.float32, 32)
-    if native.unavailable() or not native.has_product(torch.bfloat16, 32, 32):
-        pytest.skip("no faster products than PyTorch's for this processor")
 
 
 def inputs_of(
@@ -78,7 +70,6 @@ def calls(function: Callable[[], object]) -> list[object]:
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -87,10 +78,10 @@ def test_the_numeric_rule(
     count: int,
     shape: tuple[int, int, int],
     bias: bool,
-    dtype: torch.dtype,
+    linear_dtype: torch.dtype,
 ) -> None:
     threads(count)
-    inputs = inputs_of(shape, 2, dtype=dtype)[: 3 if bias else 2]
+    inputs = inputs_of(shape, 2, dtype=linear_dtype)[: 3 if bias else 2]
     truth = outputs(functional.linear, *(tensor.double() for tensor in inputs))
     assert_numeric_rule(outputs(linear, *inputs), outputs(functional.linear, *inputs), truth)
 
@@ -104,14 +95,16 @@ def operands_of(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", GRADIENTS, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_numeric_rule_for_the_gradient_of_a_weight(
-    threads: Callable[[int], None], count: int, shape: tuple[int, int, int], dtype: torch.dtype
+    threads: Callable[[int], None],
+    count: int,
+    shape: tuple[int, int, int],
+    gradient_dtype: torch.dtype,
 ) -> None:
     threads(count)
-    operands = operands_of(shape, dtype)
+    operands = operands_of(shape, gradient_dtype)
     exact = (tensor.double() for tensor in operands)
     got, plain, truth = (
         dict(zip(("grad_weight", "grad_bias"), grads, strict=True))
@@ -121,13 +114,14 @@ def test_the_numeric_rule_for_the_gradient_of_a_weight(
             products.weight_gradient(*exact),
         )
     )
-    assert native.has_weight_gradient(dtype, *shape)
+    assert native.has_weight_gradient(gradient_dtype, *shape)
     assert_numeric_rule(got, plain, truth)
     (alone,) = native.weight_gradient(*operands, bias=False)
     assert torch.equal(alone, got["grad_weight"])
 
 
 @pytest.mark.sanitizer
+@pytest.mark.usefixtures("linear_kernels")
 @pytest.mark.parametrize("size", [2.0**-60, 2.0**60])
 def test_float32_of_any_size(size: float) -> None:
     """Rows and columns of very different sizes keep the digits of their own."""
@@ -141,6 +135,7 @@ def test_float32_of_any_size(size: float) -> None:
 
 
 @pytest.mark.sanitizer
+@pytest.mark.usefixtures("linear_kernels")
 def test_float32_of_mixed_sizes() -> None:
     """Within a row too, and where large terms cancel."""
     x, weight, _ = inputs_of((96, 1216, 64), dtype=torch.float32)
@@ -152,10 +147,9 @@ def test_float32_of_mixed_sizes() -> None:
     assert got.abs().max() <= 2 * plain.abs().max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_stays_so_in_its_row(value: float, dtype: torch.dtype) -> None:
-    x, weight, bias = inputs_of((70, 64, 96), dtype=dtype)
+def test_what_is_not_finite_stays_so_in_its_row(value: float, linear_dtype: torch.dtype) -> None:
+    x, weight, bias = inputs_of((70, 64, 96), dtype=linear_dtype)
     expected = linear(x, weight, bias)
     x[3, 5] = value
     y = linear(x, weight, bias)
@@ -164,6 +158,7 @@ def test_what_is_not_finite_stays_so_in_its_row(value: float, dtype: torch.dtype
     assert torch.equal(y[others], expected[others])
 
 
+@pytest.mark.usefixtures("linear_kernels")
 def test_the_largest_number_of_float32() -> None:
     x, weight, _ = inputs_of((32, 32, 32), dtype=torch.float32)
     x[:] = torch.finfo(torch.float32).max
@@ -171,24 +166,22 @@ def test_the_largest_number_of_float32() -> None:
     assert torch.equal(linear(x, weight), x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(127, 96, 320), (1029, 64, 128), (70, 1216, 128)], ids=str)
 def test_threads_do_not_change_a_bit(
-    threads: Callable[[int], None], shape: tuple[int, int, int], dtype: torch.dtype
+    threads: Callable[[int], None], shape: tuple[int, int, int], linear_dtype: torch.dtype
 ) -> None:
-    inputs = inputs_of(shape, dtype=dtype)
+    inputs = inputs_of(shape, dtype=linear_dtype)
     expected = linear(*inputs)
     for count in (2, 3, 8):
         threads(count)
         assert torch.equal(linear(*inputs), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", GRADIENTS, ids=str)
 def test_threads_do_not_change_a_bit_of_the_gradient_of_a_weight(
-    threads: Callable[[int], None], shape: tuple[int, int, int], dtype: torch.dtype
+    threads: Callable[[int], None], shape: tuple[int, int, int], gradient_dtype: torch.dtype
 ) -> None:
-    operands = operands_of(shape, dtype)
+    operands = operands_of(shape, gradient_dtype)
     expected = native.weight_gradient(*operands)
     for count in (2, 3, 8):
         threads(count)
@@ -196,13 +189,12 @@ def test_threads_do_not_change_a_bit_of_the_gradient_of_a_weight(
             assert torch.equal(grad, same)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_do_not_change_a_bit_of_the_mlp(
-    threads: Callable[[int], None], dtype: torch.dtype
+    threads: Callable[[int], None], linear_dtype: torch.dtype
 ) -> None:
     """With more threads than blocks of rows it is computed layer by layer."""
     for shape in ((70, 64), (515, 32)):
-        inputs = MLPCase(shape, 256, 64, dtype, residual=torch.float32).inputs()
+        inputs = MLPCase(shape, 256, 64, linear_dtype, residual=torch.float32).inputs()
         threads(1)
         expected = dk.mlp(**inputs)
         for count in (2, 3, 8):
@@ -210,40 +202,55 @@ def test_threads_do_not_change_a_bit_of_the_mlp(
             assert torch.equal(dk.mlp(**inputs), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs(dtype: torch.dtype) -> None:
-    x, weight, bias = inputs_of((96, 64, 32), dtype=dtype)
+def test_strided_inputs(linear_dtype: torch.dtype) -> None:
+    x, weight, bias = inputs_of((96, 64, 32), dtype=linear_dtype)
     expected = linear(x, weight, bias)
     strided = (x.t().contiguous().t(), weight.t().contiguous().t(), bias.repeat(2, 1).t()[:, 0])
     assert torch.equal(linear(*strided), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_goes_to_the_kernel(dtype: torch.dtype) -> None:
-    """float32 and bfloat16 in whole blocks, on this backend and this instruction set."""
-    x, weight, _ = inputs_of((64, 32, 96), dtype=dtype)
+def test_what_goes_to_the_kernel(
+    linear_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole blocks, on this backend and this instruction set, if PyTorch has products too."""
+    monkeypatch.setattr(products, "_NATIVE", {})
+    x, weight, _ = inputs_of((64, 32, 96), dtype=linear_dtype)
     leaves = (x.requires_grad_(), weight.requires_grad_())
     assert calls(lambda: linear(*leaves).sum().backward()) == list(OPERATORS)
     assert not calls(lambda: linear(x[:31], weight))
     assert not calls(lambda: linear(x[:, :24], weight[:, :24]))
-    assert not calls(lambda: linear(x.half(), weight.half()))
+    assert not calls(lambda: linear(x.double(), weight.double()))
     with dk.use_backend("reference"):
         assert not calls(lambda: linear(x, weight))
     with running_on("cpu-generic"):
         assert not calls(lambda: linear(x, weight))
 
 
-def test_float32_wants_rows_enough_and_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    assert native.has_product(torch.float32, 512, 1024, 1024)
-    assert not native.has_product(torch.float32, 512, 1024, 1056)
-    x, weight, _ = inputs_of((512, 32, 96), dtype=torch.float32)
-    assert calls(lambda: linear(x, weight))
-    assert not calls(lambda: linear(x[1:], weight))
+@pytest.mark.parametrize(("instruction_set", "dtype"), LINEAR_KERNELS, ids=str)
+def test_layers_are_fused_where_that_is_faster(instruction_set: str, dtype: torch.dtype) -> None:
+    with native.use_instruction_set(instruction_set):
+        product = library.kernels.linear_product(native.DTYPES[dtype])
+        rows, weight = layers._FUSED[product, dtype]
+        assert native.is_fused(dtype, rows, 32, 64)
+        assert not native.is_fused(dtype, rows - 1, 32, 64)
+        assert not native.is_fused(dtype, rows, 32, 72)
+        columns = 2**16 if weight == math.inf else int(weight) // 1024
+        assert native.is_fused(dtype, rows, 1024, columns)
+        assert native.is_fused(dtype, rows, 1024, columns + 32) == (weight == math.inf)
 
 
-def test_float32_takes_any_weight_whose_gradient_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+@pytest.mark.parametrize(("instruction_set", "dtype"), LINEAR_KERNELS, ids=str)
+def test_products_in_float32_by_vectors_are_left_to_pytorch(
+    instruction_set: str, dtype: torch.dtype
+) -> None:
+    with native.use_instruction_set(instruction_set):
+        by_vectors = library.kernels.linear_product(native.DTYPES[dtype]) == "vectors"
+        left = by_vectors and dtype == torch.float32
+        assert native.has_product(dtype, 512, 1024, 1024) != left
+
+
+@pytest.mark.skipif(not GRADIENT_KERNELS, reason="no kernels of weights' gradients here")
+def test_float32_takes_any_weight_whose_gradient_is_needed() -> None:
     x, weight, _ = inputs_of((64, 32, 96), dtype=torch.float32)
     weight.requires_grad_()
     assert calls(lambda: linear(x, weight).sum().backward()) == list(OPERATORS)
@@ -252,9 +259,8 @@ def test_float32_takes_any_weight_whose_gradient_is_needed(monkeypatch: pytest.M
         assert not calls(lambda: linear(x, weight))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_layer_without_columns(dtype: torch.dtype) -> None:
-    x, weight, bias = inputs_of((64, 32, 0), dtype=dtype)
+def test_a_layer_without_columns(linear_dtype: torch.dtype) -> None:
+    x, weight, bias = inputs_of((64, 32, 0), dtype=linear_dtype)
     got = outputs(linear, x, weight, bias)
     assert {name: tensor.shape for name, tensor in got.items()} == {
         "y": (64, 0),
@@ -265,8 +271,8 @@ def test_a_layer_without_columns(dtype: torch.dtype) -> None:
     assert not got["grad_0"].any()
 
 
-def test_the_backend_may_change_before_the_backward_pass() -> None:
-    x, weight, _ = inputs_of((64, 32, 96))
+def test_the_backend_may_change_before_the_backward_pass(linear_dtype: torch.dtype) -> None:
+    x, weight, _ = inputs_of((64, 32, 96), dtype=linear_dtype)
     y = linear(x.requires_grad_(), weight)
     (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
     with dk.use_backend("reference"):
@@ -274,14 +280,15 @@ def test_the_backend_may_change_before_the_backward_pass() -> None:
     torch.testing.assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [64, 7])
-def test_opcheck(rows: int, dtype: torch.dtype) -> None:
-    inputs = [tensor.requires_grad_() for tensor in inputs_of((rows, 32, 96), 2, dtype=dtype)]
+def test_opcheck(rows: int, linear_dtype: torch.dtype) -> None:
+    inputs = [
+        tensor.requires_grad_() for tensor in inputs_of((rows, 32, 96), 2, dtype=linear_dtype)
+    ]
     torch.library.opcheck(torch.ops.diffit.linear.default, inputs)
     torch.library.opcheck(torch.ops.diffit.linear.default, (*inputs[:2], None))
     x, weight, _ = (tensor.detach() for tensor in inputs)
-    grad = torch.randn(2, rows, 96).to(dtype)
+    grad = torch.randn(2, rows, 96).to(linear_dtype)
     for weights in (True, False):
         torch.library.opcheck(torch.ops.diffit.linear_backward.default, (grad, x, weight, weights))
 

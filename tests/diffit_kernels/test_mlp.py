@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import diffit_kernels as dk
 from diffit_kernels.native import layers
+from tests.backends import linear_kernels_of_any_size
 from tests.cases import DTYPES, LAYOUTS, MLPCase
 from tests.numeric_rule import assert_numeric_rule
 
@@ -45,9 +46,10 @@ def name_of(value: object) -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def few_rows_on_tile_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 as in bfloat16, though it is no faster."""
-    monkeypatch.setitem(layers._LEAST_ROWS, torch.float32, 32)
+def kernels_of_any_size() -> Iterator[None]:
+    """Where they are no faster too."""
+    with linear_kernels_of_any_size():
+        yield
 
 
 def check(case: MLPCase) -> None:
