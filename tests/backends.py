@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -35,8 +36,14 @@ def running_on(backend: str) -> Iterator[None]:
 @contextmanager
 def linear_kernels_of_any_size() -> Iterator[None]:
     """Run linear layers by kernels wherever there are some, faster than PyTorch or not."""
-    always = {key: layers._Limits() for key in layers._FUSED}
-    with patch.multiple(layers, **dict.fromkeys(("_FUSED", "_PRODUCT", "_TRANSPOSED"), always)):
+    at_any_size = {
+        name: {
+            key: limits._replace(rows=min(limits.rows, 32), weight=math.inf)
+            for key, limits in (layers._FUSED | getattr(layers, name)).items()
+        }
+        for name in ("_FUSED", "_PRODUCT", "_TRANSPOSED")
+    }
+    with patch.multiple(layers, **at_any_size):
         yield
 
 

@@ -21,6 +21,7 @@ void bias_gelu_backward(BiasGelu problem, int threads);
 // What multiplies in the kernels of linear layers for this dtype, tiles or vectors; empty without them.
 std::string linear_product(DType dtype);
 bool has_weight_gradient(DType dtype);
+// Fewer rows than a block too, if the weight is not transposed.
 void linear(Linear problem, Weight weight, int threads);
 void weight_gradient(WeightGradient problem, int threads);
 void mlp(const MLP& problem, int threads);

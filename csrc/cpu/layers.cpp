@@ -237,6 +237,12 @@ bool has_weight_gradient(DType dtype) { return kernels(dtype).weight_gradient !=
 
 void linear(Linear p, Weight w, int threads) {
     const Kernels& k = kernels(p.dtype);
+    if (p.rows < linear_block) {
+        SkinnyLinear few{p.rows, p.n, p.k, p.dtype, p.x, w.data, {p.bias, nullptr}, p.y, linear_block};
+        return for_each_item(
+            k, p.n / few.chunk, k.skinny_scratch(few), 0, threads,
+            [&](int64_t item, char* scratch) { k.skinny_linear(few, item, scratch); });
+    }
     Weight weights[] = {w};
     pack(weights, k, threads);
     p.packed = weights[0].packed;

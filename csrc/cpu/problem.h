@@ -66,7 +66,7 @@ struct Weight {
 
 // y = f(x w^T + bias) + residual in dtype, f the identity or tanh-GELU.
 struct Linear {
-    int64_t rows, n, k;  // rows at least, n and k a multiple of linear_block
+    int64_t rows, n, k;  // rows at least, n and k a multiple of linear_block; see linear of dispatch.h
     DType dtype;
     const void* x;       // (rows, k), or if x_packed the y of a layer with GELU
     bool x_packed;

@@ -42,8 +42,14 @@ _FUSED = {
     ("vectors", torch.bfloat16): _Limits(),
     ("vectors", torch.float16): _Limits(),
 }
-# Of those of products alone: by vectors they are only of what PyTorch has no instructions for.
-_PRODUCT = {key: limits for key, limits in _FUSED.items() if key != ("vectors", torch.float32)}
+# Of those of products alone: by vectors they are only of what PyTorch has no instructions for, of
+# few rows too.
+_PRODUCT = {
+    ("tiles", torch.float32): _FUSED["tiles", torch.float32],
+    ("tiles", torch.bfloat16): _Limits(),
+    ("vectors", torch.bfloat16): _Limits(rows=1),
+    ("vectors", torch.float16): _Limits(rows=1),
+}
 _TRANSPOSED = _PRODUCT | {
     ("vectors", torch.bfloat16): _Limits(weight=2**20),
     ("vectors", torch.float16): _Limits(weight=2**20),

@@ -120,7 +120,7 @@ def test_batched_gradients() -> None:
 def test_what_onednn_emulates_is_slow(
     monkeypatch: pytest.MonkeyPatch, avx512: bool, avx512_bf16: bool
 ) -> None:
-    """It takes bfloat16 on any AVX-512; processors without that have instructions, or it refuses."""
+    """It takes bfloat16 on any AVX-512, elsewhere only where there are instructions."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
