@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 
 import diffit_kernels as dk
-from diffit_kernels import native
+from diffit_kernels import native, products
 from diffit_kernels.native import layers, library
 
 BACKENDS = ["reference"]
@@ -49,9 +49,13 @@ def linear_kernels_of_any_size() -> Iterator[None]:
 
 @contextmanager
 def linear_kernels_on(instruction_set: str) -> Iterator[None]:
-    """The same, by those of one instruction set."""
+    """The same, by those of one instruction set, as on a processor that has no more than it."""
     with native.use_instruction_set(instruction_set), linear_kernels_of_any_size():
-        yield
+        halves = (torch.bfloat16, torch.float16)
+        of = {dtype: library.kernels.linear_product(native.DTYPES[dtype]) for dtype in halves}
+        has_instructions = {dtype: product != "vectors" for dtype, product in of.items()}
+        with patch.object(products, "_NATIVE", has_instructions):
+            yield
 
 
 def _with_linear_kernels(has_kernel: Callable[[int], object]) -> list[tuple[str, torch.dtype]]:

@@ -54,16 +54,17 @@ constexpr Kernels kernels_of() {
             {AddLayerNormKernel<T, T>::backward, AddLayerNormKernel<float, T>::backward}};
 }
 
-template <class Product>
+// P: see linear.h.
+template <class P>
 constexpr Kernels with_linear(Kernels kernels) {
-    kernels.product = Product::name;
-    kernels.packed_size = Product::packed_size;
-    kernels.pack = LinearKernel<Product>::pack;
-    kernels.linear_scratch = LinearKernel<Product>::scratch;
-    kernels.linear = LinearKernel<Product>::run;
-    kernels.mlp = LinearKernel<Product>::mlp;
-    kernels.skinny_scratch = SkinnyLinearKernel<typename Product::T>::scratch;
-    kernels.skinny_linear = SkinnyLinearKernel<typename Product::T>::run;
+    kernels.product = P::name;
+    kernels.packed_size = P::packed_size;
+    kernels.pack = LinearKernel<P>::pack;
+    kernels.linear_scratch = LinearKernel<P>::scratch;
+    kernels.linear = LinearKernel<P>::run;
+    kernels.mlp = LinearKernel<P>::mlp;
+    kernels.skinny_scratch = SkinnyLinearKernel<typename P::T>::scratch;
+    kernels.skinny_linear = SkinnyLinearKernel<typename P::T>::run;
     return kernels;
 }
 

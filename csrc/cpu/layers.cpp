@@ -11,6 +11,12 @@ namespace {
 // How the rows and columns of a linear layer are cut changes none of its numbers.
 constexpr int64_t rows_of_item = 128;
 
+// Packed weights, kept from call to call unless they are large.
+thread_local Scratch packed_weights;
+constexpr size_t most_kept = 64 << 20;
+// Of the hidden layer of an MLP, where its layers run one after the other.
+constexpr int64_t most_hidden = 32 << 20;
+
 // The most rows that an item has.
 int64_t most_rows(const Linear& p) {
     return std::min(p.rows, p.rows / p.row_blocks + 2 * linear_block);
@@ -53,8 +59,7 @@ void pack_panel(const Weight* w, int64_t panel, const Kernels& k) {
 
 template <size_t count>
 void pack(Weight (&weights)[count], const Kernels& k, int threads) {
-    static thread_local Scratch memory;
-    for_each_item(k, place(weights, k, memory), 0, 0, threads,
+    for_each_item(k, place(weights, k, packed_weights), 0, 0, threads,
                   [&](int64_t panel, char*) { pack_panel(weights, panel, k); });
 }
 
@@ -84,15 +89,25 @@ void run_mlp(const MLP& m, const void* packed1, const void* packed2, const Kerne
     fc2.y_dtype = m.y_dtype;
     fc2.residual = m.residual;
     fc2.y = m.y;
-    if (m.rows / linear_block < threads || hidden_size(rows_of_item) > 2 * resident) {
+    const int64_t blocks = m.rows / linear_block;
+    if (blocks < threads || hidden_size(rows_of_item) > 2 * resident) {
+        // One layer after the other, in parts of the rows.
         static thread_local Scratch hidden;
-        fc2.x = fc1.y = hidden.reserve(hidden_size(m.rows));
-        run_linear(fc1, k, threads);
-        return run_linear(fc2, k, threads);
+        const int64_t parts = std::min(blocks, hidden_size(m.rows) / most_hidden + 1);
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t first = blocks * part / parts * linear_block;
+            const int64_t end = part + 1 < parts ? blocks * (part + 1) / parts * linear_block : m.rows;
+            Linear p1 = rows_of(fc1, first, end - first, k.packed_size);
+            Linear p2 = rows_of(fc2, first, end - first, k.packed_size);
+            p2.x = p1.y = hidden.reserve(hidden_size(p1.rows));
+            run_linear(p1, k, threads);
+            run_linear(p2, k, threads);
+        }
+        return;
     }
     // As many blocks for each thread.
     const int64_t wanted = (m.rows / rows_of_item + threads - 1) / threads * threads;
-    fc1.row_blocks = fc2.row_blocks = std::clamp<int64_t>(wanted, threads, m.rows / linear_block);
+    fc1.row_blocks = fc2.row_blocks = std::clamp<int64_t>(wanted, threads, blocks);
     const int64_t rows = most_rows(fc1);
     const size_t bytes =
         std::max(k.linear_scratch(fc1, rows), k.linear_scratch(fc2, rows)) + hidden_size(rows);
@@ -247,6 +262,7 @@ void linear(Linear p, Weight w, int threads) {
     pack(weights, k, threads);
     p.packed = weights[0].packed;
     run_linear(p, k, threads);
+    packed_weights.keep(most_kept);
 }
 
 void weight_gradient(WeightGradient g, int threads) {
@@ -289,10 +305,10 @@ void mlp(const MLP& m, int threads) {
                         {m.out_features, m.hidden_features, m.fc2_weight, false, nullptr}};
     pack(weights, k, threads);
     run_mlp(m, weights[0].packed, weights[1].packed, k, threads);
+    packed_weights.keep(most_kept);
 }
 
 void block(const DiffiTBlock& b, int threads) {
-    static thread_local Scratch packed;
     WindowAttention a = b.attention;
     const Kernels& k = kernels(a.dtype);
     const int64_t dim = a.dim(), rows = a.batch * a.tokens(), size = size_of(a.dtype);
@@ -320,7 +336,7 @@ void block(const DiffiTBlock& b, int threads) {
                         {dim, dim, b.proj_weight, false, nullptr},
                         {b.hidden_features, dim, b.fc1_weight, false, nullptr},
                         {dim, b.hidden_features, b.fc2_weight, false, nullptr}};
-    const int64_t panels = place(weights, k, packed), part = dim / row.chunk;
+    const int64_t panels = place(weights, k, packed_weights), part = dim / row.chunk;
     // Softmax does not see what is added to k.
     for_each_item(k, panels + (b.temb ? 2 * part : 0), k.skinny_scratch(row), 0, threads,
                   [&](int64_t item, char* scratch) {
@@ -354,6 +370,7 @@ void block(const DiffiTBlock& b, int threads) {
     m.fc2_bias = b.fc2_bias;
     m.y = b.y;
     run_mlp(m, weights[2].packed, weights[3].packed, k, threads);
+    packed_weights.keep(most_kept);
 }
 
 }  // namespace diffit

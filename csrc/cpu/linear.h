@@ -1,18 +1,19 @@
 // y = f(x w^T + bias) + residual, f the identity or GELU.
 //
-// A product goes over 32 x 32 sums, a block, from packed steps of k, N rows or columns by N of k. What then
-// remains to be done for it, f and all that is added, is done between the steps of the next block's
-// product: on AMX the vector units work while the tiles multiply.
+// A product gives 32 x 32 sums, a block, of a panel of the weight, and is made in steps of 32 of k. What then
+// remains to be done for the block, f and all that is added, is done during the product of the next one.
 //
-// Of a Product, TileProduct or VectorProduct, these are its own:
-//   Packed, step_size      what is packed, and how many of those make a step
+// P multiplies: TileProduct or VectorProduct. These are its own:
+//   T                      what x, the weight and bias are made of
+//   Packed, step_size      what a step of 32 rows or columns is packed as, and how many of those it has
 //   packs_x, packed_size   whether x is packed too, or read as it lies; bytes of a packed number
-//   most_k                 how much of k at most is multiplied at once; 0: all
-//   most_so_far            bytes of sums, at most, that wait for the next block of k; 0: any
-//   by_panels              whether a panel goes through all rows before the next one, or where all
-//                          panels stay in the second-level cache rows go through all panels
-//   pack_step, put         packs columns of the weight; a row of x
-//   product                sums = A B over some steps
+//   most_k                 how much of k is multiplied at once, at most; 0: all
+//   most_so_far            bytes of sums that may wait for the next block of k, a panel's at least; 0: any
+//   by_panels              whether a panel goes through all rows before the next one always, or only where
+//                          the panels are larger than the second-level cache
+//   pack_step, put         pack a step of columns of the weight; a row of a step of x
+//   Rows, packed_rows, plain_rows   rows of x for a product, packed or as they lie
+//   product, store_row     sums = A B over some steps; a row of a block of y
 #pragma once
 
 #include <algorithm>
@@ -25,21 +26,21 @@
 namespace diffit {
 namespace {
 
-template <class Product>
-struct LinearKernel : Product {
-    using typename Product::Packed;
-    using typename Product::Rows;
-    using typename Product::T;
-    using Product::by_panels;
-    using Product::most_k;
-    using Product::most_so_far;
-    using Product::pack_step;
-    using Product::packed_size;
-    using Product::packs_x;
-    using Product::product;
-    using Product::put;
-    using Product::step_size;
-    using Product::store_row;
+template <class P>
+struct LinearKernel : P {
+    using typename P::Packed;
+    using typename P::Rows;
+    using typename P::T;
+    using P::by_panels;
+    using P::most_k;
+    using P::most_so_far;
+    using P::pack_step;
+    using P::packed_size;
+    using P::packs_x;
+    using P::product;
+    using P::put;
+    using P::step_size;
+    using P::store_row;
     static constexpr int N = linear_block, vectors = N / W;
     static constexpr int64_t block_bytes = N * N * sizeof(float);
 
@@ -48,15 +49,21 @@ struct LinearKernel : Product {
         return p.norm_eps == 0 ? 0 : (rows * sizeof(T) + norm_rows * sizeof(float)) * p.k;
     }
 
-    // Of an item of so many rows: two blocks of sums, the norm of x, and where x is packed a block of k
+    // Of an item of so many rows or fewer: two blocks of sums, the norm of x, and where x is packed a block of k
     // of it and the sums of the blocks before.
     static size_t scratch(const Linear& p, int64_t rows) {
         size_t bytes = 2 * block_bytes + norm_scratch(p, rows);
         if (!packs_x) return bytes;
         const int64_t blocks = (rows + N - 1) / N, k = most_k ? std::min(p.k, most_k) : p.k;
         if (!p.x_packed) bytes += blocks * N * k * packed_size;
-        if (p.k > k) bytes += blocks * panels_at_once(p, blocks, p.n / N) * block_bytes;
+        if (p.k > k) bytes += most_blocks_so_far(blocks, p.n / N) * block_bytes;
         return bytes;
+    }
+
+    // Of them fewer rows may have more panels.
+    static int64_t most_blocks_so_far(int64_t blocks, int64_t panels) {
+        if (!most_so_far) return blocks * panels;
+        return std::max(blocks, std::min(blocks * panels, most_so_far / block_bytes));
     }
 
     // Of so many, those whose sums may wait for the next block of k.
@@ -198,9 +205,9 @@ struct LinearKernel : Product {
                 };
                 Rows rows;
                 if constexpr (!packs_x)
-                    rows = Product::plain_rows(static_cast<const T*>(x) + block.row * p.k, p.k);
+                    rows = P::plain_rows(static_cast<const T*>(x) + block.row * p.k, p.k);
                 else
-                    rows = Product::packed_rows(p.x_packed ? static_cast<const Packed*>(x) +
+                    rows = P::packed_rows(p.x_packed ? static_cast<const Packed*>(x) +
                                                         (m * all_steps + first_step) * step_size
                                                   : packed_x + m * steps * step_size);
                 const Packed* b = static_cast<const Packed*>(p.packed) +
@@ -226,17 +233,8 @@ struct LinearKernel : Product {
         const auto first_row = [&](int64_t b) {
             return b < p.row_blocks ? p.rows / N * b / p.row_blocks * N : p.rows;
         };
-        const int64_t first = first_row(block), size = size_of(p.y_dtype);
-        const auto moved = [](auto* start, int64_t bytes) {
-            return start ? reinterpret_cast<decltype(start)>(uintptr_t(start) + bytes) : nullptr;
-        };
-        Linear part = p;
-        part.rows = first_row(block + 1) - first;
-        part.x = moved(p.x, first * p.k * (p.x_packed ? packed_size : sizeof(T)));
-        part.product = moved(p.product, first * p.n * sizeof(T));
-        part.residual = moved(p.residual, first * p.n * size);
-        part.y = moved(p.y, first * p.n * (p.gelu ? packed_size : size));
-        return part;
+        const int64_t first = first_row(block);
+        return diffit::rows_of(p, first, first_row(block + 1) - first, packed_size);
     }
 
     static void run(const Linear& p, int64_t item, char* scratch) {

@@ -30,6 +30,13 @@ public:
         return data_.get();
     }
 
+    // Frees it if it is larger.
+    void keep(size_t most) {
+        if (size_ <= most) return;
+        data_.reset();
+        size_ = 0;
+    }
+
 private:
     struct Free {
         void operator()(char* p) const { std::free(p); }

@@ -10,7 +10,7 @@ namespace diffit {
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// Half of the second-level cache of processors with AMX.
+// What is to stay in the second-level cache: half of that of processors with AMX.
 constexpr int64_t resident = 1 << 20;
 
 // Windowed attention with a relative position bias; see diffit_kernels/reference.
@@ -165,6 +165,21 @@ struct AddLayerNorm {
 // Rows that are normalised at once, and lie in scratch as floats.
 constexpr int64_t norm_rows = 4;
 
+// The layer for some rows alone, where a packed number has so many bytes.
+inline Linear rows_of(const Linear& p, int64_t first, int64_t rows, int64_t packed_size) {
+    const int64_t size = size_of(p.dtype), y_size = size_of(p.y_dtype);
+    const auto moved = [first](auto* start, int64_t bytes) {
+        return start ? reinterpret_cast<decltype(start)>(uintptr_t(start) + first * bytes) : nullptr;
+    };
+    Linear part = p;
+    part.rows = rows;
+    part.x = moved(p.x, p.k * (p.x_packed ? packed_size : size));
+    part.product = moved(p.product, p.n * size);
+    part.residual = moved(p.residual, p.n * y_size);
+    part.y = moved(p.y, p.n * (p.gelu ? packed_size : y_size));
+    return part;
+}
+
 // The kernels of one instruction set and dtype. A thread calls enter, any number of kernels, leave.
 struct Kernels {
     void (*enter)();
@@ -178,7 +193,8 @@ struct Kernels {
     // For x of the dtype of y, and of float32.
     void (*add_layer_norm[2])(const AddLayerNorm&, int64_t item, char* scratch);
     void (*add_layer_norm_backward[2])(const AddLayerNorm&, int64_t item, char* scratch);
-    // Null where PyTorch's products are as fast. A packed number has so many bytes.
+    // Of linear layers: what multiplies, empty and all null where PyTorch's products are as fast, and the
+    // bytes of a packed number. Those of weights' gradients may be null by themselves.
     const char* product = "";
     int64_t packed_size = 0;
     void (*pack)(const Weight&, int64_t panel) = nullptr;

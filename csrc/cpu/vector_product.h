@@ -15,7 +15,7 @@ struct VectorProduct {
     static constexpr int step_size = N * N;  // (k, columns), and of x (rows, k)
     static constexpr bool packs_x = true;
     static constexpr int packed_size = 4;
-    // So much of a panel of the weight stays in the first-level cache, and the sums of some panels in the
+    // Of a panel of the weight what is about as large as the first-level cache, and sums that stay in the
     // second-level one.
     static constexpr int64_t most_k = 288, most_so_far = 1 << 19;
     static constexpr bool by_panels = true;
@@ -69,7 +69,7 @@ struct VectorProduct {
             for (int v = 0; v < 2; ++v) store(sums + r * N + v * W, sum[r][v]);
     }
 
-    // b: a panel. Calls between(0), between(1), ... before, and fetches what follows `next` on the way.
+    // b: a panel. Calls between(0), between(1), ... first, and fetches what follows `next` on the way.
     template <class Between>
     static void product(int64_t steps, const Rows& x, const float* b, float* sums,
                         const Between& between, const float* next) {

@@ -33,8 +33,8 @@ class _Limits(NamedTuple):
     weight: float = math.inf
 
 
-# Of the kernels of linear layers, by what multiplies. In float32 rows make up for packing the
-# weight, which is to stay near.
+# Of linear layers and what is around them, by what multiplies. In float32 rows make up for packing
+# the weight, which is to stay near.
 _FUSED = {
     ("tiles", torch.float32): _Limits(512, 2**20),
     ("tiles", torch.bfloat16): _Limits(),
@@ -42,14 +42,15 @@ _FUSED = {
     ("vectors", torch.bfloat16): _Limits(),
     ("vectors", torch.float16): _Limits(),
 }
-# Of those of products alone: by vectors they are only of what PyTorch has no instructions for, of
-# few rows too.
+# Of products alone. Those in float32 by vectors are no faster than PyTorch's; in half precision a
+# few rows have a kernel of their own.
 _PRODUCT = {
     ("tiles", torch.float32): _FUSED["tiles", torch.float32],
     ("tiles", torch.bfloat16): _Limits(),
     ("vectors", torch.bfloat16): _Limits(rows=1),
     ("vectors", torch.float16): _Limits(rows=1),
 }
+# Of products with a weight (K, N), as in gradients of x: PyTorch widens it without transposing it.
 _TRANSPOSED = _PRODUCT | {
     ("vectors", torch.bfloat16): _Limits(weight=2**20),
     ("vectors", torch.float16): _Limits(weight=2**20),
@@ -75,8 +76,11 @@ def _is_within(
     rows: int,
     features: tuple[int, ...],
 ) -> bool:
-    limits = dtype in DTYPES and kernels.get((library.kernels.linear_product(DTYPES[dtype]), dtype))
-    if not limits or rows < limits.rows or not _are_whole_blocks(features):
+    product = library.kernels.linear_product(DTYPES[dtype]) if dtype in DTYPES else ""
+    if product == "vectors" and dtype.itemsize == 2 and not products.are_slow(dtype, "cpu"):
+        return False
+    limits = kernels.get((product, dtype))
+    if limits is None or rows < limits.rows or not _are_whole_blocks(features):
         return False
     return all(n * k <= limits.weight for n, k in pairwise(features))
 

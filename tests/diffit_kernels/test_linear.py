@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import diffit_kernels as dk
 from diffit_kernels import native, products
 from diffit_kernels.native import layers, library
 from diffit_kernels.ops.linear import linear
-from tests.backends import GRADIENT_KERNELS, LINEAR_KERNELS, running_on
+from tests.backends import GRADIENT_KERNELS, LINEAR_KERNELS, linear_kernels_on, running_on
 from tests.cases import MLPCase
 from tests.numeric_rule import assert_numeric_rule
 
@@ -211,47 +212,115 @@ def test_strided_inputs(linear_dtype: torch.dtype) -> None:
     assert torch.equal(linear(*strided), expected)
 
 
-def test_what_goes_to_the_kernel(
-    linear_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole blocks, on this backend and this instruction set, if PyTorch has products too."""
-    monkeypatch.setattr(products, "_NATIVE", {})
+def test_what_goes_to_the_operator(linear_dtype: torch.dtype) -> None:
+    """Whole blocks, where this instruction set has a kernel, and all that PyTorch has none for."""
     x, weight, _ = inputs_of((64, 32, 96), dtype=linear_dtype)
     leaves = (x.requires_grad_(), weight.requires_grad_())
     assert calls(lambda: linear(*leaves).sum().backward()) == list(OPERATORS)
-    by_vectors = library.kernels.linear_product(native.DTYPES[linear_dtype]) == "vectors"
-    assert bool(calls(lambda: linear(x[:31], weight))) == (
-        by_vectors and linear_dtype.itemsize == 2
-    )
-    assert not calls(lambda: linear(x[:, :24], weight[:, :24]))
     assert not calls(lambda: linear(x.double(), weight.double()))
+    slow = products.are_slow(linear_dtype, "cpu")
+    assert bool(calls(lambda: linear(x[:31], weight))) == slow
+    assert bool(calls(lambda: linear(x[:, :24], weight[:, :24]))) == slow
     with dk.use_backend("reference"):
-        assert not calls(lambda: linear(x, weight))
+        assert bool(calls(lambda: linear(x, weight))) == slow
     with running_on("cpu-generic"):
-        assert not calls(lambda: linear(x, weight))
+        assert bool(calls(lambda: linear(x, weight))) == slow
+
+
+ALL = {torch.float32, torch.bfloat16, torch.float16}
+HAVE = {
+    "avx2": ALL,
+    "avx512": ALL,
+    "avx512_bf16": {torch.float32, torch.float16},
+    "amx": {torch.float32, torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_what_has_kernels(instruction_set: str) -> None:
+    found = {dtype for name, dtype in LINEAR_KERNELS if name == instruction_set}
+    assert found == HAVE.get(instruction_set, set())
+
+
+@contextmanager
+def as_in_use(instruction_set: str) -> Iterator[None]:
+    """With the sizes that are faster, on a processor that has no more than it."""
+    limits = {name: getattr(layers, name) for name in ("_FUSED", "_PRODUCT", "_TRANSPOSED")}
+    with linear_kernels_on(instruction_set), patch.multiple(layers, **limits):
+        yield
+
+
+# The least rows, and whether weights of more than 2^20 numbers are taken, by tiles and by vectors.
+FUSED = {
+    ("tiles", torch.float32): (512, False),
+    ("tiles", torch.bfloat16): (32, True),
+    ("vectors", torch.float32): (128, False),
+    ("vectors", torch.bfloat16): (32, True),
+    ("vectors", torch.float16): (32, True),
+}
+ALONE = {
+    ("tiles", torch.float32): (512, False),
+    ("tiles", torch.bfloat16): (32, True),
+    ("vectors", torch.bfloat16): (1, True),
+    ("vectors", torch.float16): (1, True),
+}
 
 
 @pytest.mark.parametrize(("instruction_set", "dtype"), LINEAR_KERNELS, ids=str)
-def test_layers_are_fused_where_that_is_faster(instruction_set: str, dtype: torch.dtype) -> None:
-    with native.use_instruction_set(instruction_set):
+@pytest.mark.parametrize(
+    ("is_taken", "sizes"), [(native.is_fused, FUSED), (native.has_product, ALONE)]
+)
+def test_what_is_faster_by_kernels(
+    is_taken: Callable[..., bool],
+    sizes: dict[tuple[str, torch.dtype], tuple[int, bool]],
+    instruction_set: str,
+    dtype: torch.dtype,
+) -> None:
+    with as_in_use(instruction_set):
         product = library.kernels.linear_product(native.DTYPES[dtype])
-        rows, weight = layers._FUSED[product, dtype]
-        assert native.is_fused(dtype, rows, 32, 64)
-        assert not native.is_fused(dtype, rows - 1, 32, 64)
-        assert not native.is_fused(dtype, rows, 32, 72)
-        columns = 2**16 if weight == math.inf else int(weight) // 1024
-        assert native.is_fused(dtype, rows, 1024, columns)
-        assert native.is_fused(dtype, rows, 1024, columns + 32) == (weight == math.inf)
+        rows, any_weight = sizes.get((product, dtype), (0, False))
+        assert is_taken(dtype, 512, 1024, 1024) == bool(rows)
+        assert is_taken(dtype, 512, 1024, 1056) == any_weight
+        assert is_taken(dtype, rows, 32, 64) == bool(rows)
+        assert not is_taken(dtype, rows - 1, 32, 64)
+        assert not is_taken(dtype, 512, 32, 72)
 
 
 @pytest.mark.parametrize(("instruction_set", "dtype"), LINEAR_KERNELS, ids=str)
-def test_products_in_float32_by_vectors_are_left_to_pytorch(
+def test_half_precision_by_vectors_is_for_want_of_instructions(
     instruction_set: str, dtype: torch.dtype
 ) -> None:
-    with native.use_instruction_set(instruction_set):
+    with as_in_use(instruction_set), patch.object(products, "_NATIVE", {}):
         by_vectors = library.kernels.linear_product(native.DTYPES[dtype]) == "vectors"
-        left = by_vectors and dtype == torch.float32
-        assert native.has_product(dtype, 512, 1024, 1024) != left
+        assert native.is_fused(dtype, 512, 32, 64) == (not by_vectors or dtype.itemsize == 4)
+
+
+@pytest.mark.parametrize(("instruction_set", "dtype"), LINEAR_KERNELS, ids=str)
+def test_gradients_of_x_that_the_kernel_computes(instruction_set: str, dtype: torch.dtype) -> None:
+    """It cannot read a transposed weight where rows are few."""
+    with (
+        as_in_use(instruction_set),
+        patch.object(layers, "_linear", side_effect=layers._linear) as kernel,
+    ):
+        product = library.kernels.linear_product(native.DTYPES[dtype])
+        for rows, columns in ((31, 32), (32, 32), (512, 1024), (512, 1056)):
+            kernel.reset_mock()
+            native.mm(torch.ones(rows, 1024, dtype=dtype), torch.ones(1024, columns, dtype=dtype))
+            least, _ = FUSED[product, dtype]
+            small = columns < 1056 or (product, dtype) == ("tiles", torch.bfloat16)
+            alone = (product, dtype) in ALONE
+            assert kernel.called == (alone and rows >= least and small)
+
+
+@pytest.mark.sanitizer
+def test_an_mlp_layer_by_layer(linear_dtype: torch.dtype) -> None:
+    """128 rows of its hidden layer are larger than a cache, and all are taken in two parts."""
+    case = MLPCase((2085, 32), 4128, 512, linear_dtype)
+    inputs = case.inputs()
+    exact = {name: tensor.double() for name, tensor in inputs.items() if tensor is not None}
+    with dk.use_backend("reference"):
+        plain, truth = dk.mlp(**inputs), dk.mlp(**exact)
+    assert_numeric_rule({"y": dk.mlp(**inputs)}, {"y": plain}, {"y": truth})
 
 
 @pytest.mark.skipif(not GRADIENT_KERNELS, reason="no kernels of weights' gradients here")

@@ -26,8 +26,9 @@ CASES = [
     MLPCase((2, 3, 5, 8), 64, 8),
     MLPCase((129, 32), 127, 40),
     MLPCase((2, 100, 64), 256, 64),
-    # Multiples of 32 and at least as many rows: on tile registers. Threads share rows, or layers;
-    # the last two have float32 sums of several blocks, and a hidden layer too large for a cache.
+    # Multiples of 32 and at least as many rows: by kernels of linear layers. Threads share rows, or
+    # layers; the last two have float32 sums of several blocks, and on AMX a hidden layer too large
+    # for a cache.
     MLPCase((32, 32), 32, 32),
     MLPCase((33, 64), 96, 32),
     MLPCase((3, 95, 32), 1024, 96),
