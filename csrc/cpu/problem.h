@@ -166,7 +166,7 @@ struct AddLayerNorm {
 constexpr int64_t norm_rows = 4;
 
 // The layer for some rows alone, where a packed number has so many bytes.
-inline Linear rows_of(const Linear& p, int64_t first, int64_t rows, int64_t packed_size) {
+static inline Linear rows_of(const Linear& p, int64_t first, int64_t rows, int64_t packed_size) {
     const int64_t size = size_of(p.dtype), y_size = size_of(p.y_dtype);
     const auto moved = [first](auto* start, int64_t bytes) {
         return start ? reinterpret_cast<decltype(start)>(uintptr_t(start) + first * bytes) : nullptr;
