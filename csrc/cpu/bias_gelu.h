@@ -1,6 +1,7 @@
 // gelu(hidden + bias), tanh form, and its gradient, over a chunk of rows.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "problem.h"
@@ -58,22 +59,30 @@ struct BiasGeluKernel {
         const T* bias = static_cast<const T*>(p.bias);
         float* grad_bias = p.grad_bias_part + item * p.features;
         std::memset(grad_bias, 0, p.features * sizeof(float));
-        for (int64_t r = item * p.chunk; r < p.rows && r < (item + 1) * p.chunk; ++r) {
-            const T* hidden = static_cast<const T*>(p.hidden) + r * p.features;
-            T* activation = static_cast<T*>(p.activation) + r * p.features;
-            T* grad = static_cast<T*>(p.grad) + r * p.features;
+        const int64_t end = std::min(p.rows, (item + 1) * p.chunk);
+        for (int64_t first = item * p.chunk; first < end; first += 4) {
+            const int rows = static_cast<int>(std::min<int64_t>(4, end - first));
+            const int64_t start = first * p.features;
+            const T* hidden = static_cast<const T*>(p.hidden) + start;
+            T* activation = static_cast<T*>(p.activation) + start;
+            T* grad = static_cast<T*>(p.grad) + start;
             over(p.features, [&](int64_t c, int n) {
-                const vf x = load(hidden + c, n) + load(bias + c, n);
-                const Gate g = gate<T>(x);
-                const vf y = x * g.open;
-                // d gelu / dx = s + x s (1 - s) d(2u)/dx
-                // The bound keeps x^2 finite where s (1 - s) has long been 0.
-                const vf x2 = x * x, limit = splat(1e4f);
-                const vf slope = (3 * cubic * two_u) * (limit < x2 ? limit : x2) + two_u;
-                const vf dx = load(grad + c, n) * (g.open + y * g.closed * slope);
-                store(activation + c, y, n);
-                store(grad + c, dx, n);
-                store(grad_bias + c, load(grad_bias + c, n) + dx, n);
+                vf sum = {};  // of few rows, as a long chain of additions would lose digits
+                for (int r = 0; r < rows; ++r) {
+                    const int64_t at = r * p.features + c;
+                    const vf x = load(hidden + at, n) + load(bias + c, n);
+                    const Gate g = gate<T>(x);
+                    const vf y = x * g.open;
+                    // d gelu / dx = s + x s (1 - s) d(2u)/dx
+                    // The bound keeps x^2 finite where s (1 - s) has long been 0.
+                    const vf x2 = x * x, limit = splat(1e4f);
+                    const vf slope = (3 * cubic * two_u) * (limit < x2 ? limit : x2) + two_u;
+                    const vf dx = load(grad + at, n) * (g.open + y * g.closed * slope);
+                    store(activation + at, y, n);
+                    store(grad + at, dx, n);
+                    sum += dx;
+                }
+                store(grad_bias + c, load(grad_bias + c, n) + sum, n);
             });
         }
     }
