@@ -1,16 +1,17 @@
 // y = f(x w^T + bias) + residual, f the identity or GELU.
 //
-// A product gives 32 x 32 sums, a block, of a panel of the weight, and is made in steps of 32 of k. What then
-// remains to be done for the block, f and all that is added, is done during the product of the next one.
+// A product gives 32 x 32 sums, a block, of a panel of the weight, and is made in steps of 32 of k. What
+// then remains to be done for the block, f and all that is added, is done during the product of the next.
 //
 // P multiplies: TileProduct or VectorProduct. These are its own:
 //   T                      what x, the weight and bias are made of
 //   Packed, step_size      what a step of 32 rows or columns is packed as, and how many of those it has
 //   packs_x, packed_size   whether x is packed too, or read as it lies; bytes of a packed number
 //   most_k                 how much of k is multiplied at once, at most; 0: all
-//   most_so_far            bytes of sums that may wait for the next block of k, a panel's at least; 0: any
-//   by_panels              whether a panel goes through all rows before the next one always, or only where
-//                          the panels are larger than the second-level cache
+//   most_so_far            bytes of sums that may wait for the next block of k, a panel's at least;
+//                          0: any
+//   by_panels              whether a panel always goes through all rows before the next one, or only
+//                          where the panels are larger than the second-level cache
 //   pack_step, put         pack a step of columns of the weight; a row of a step of x
 //   Rows, packed_rows, plain_rows   rows of x for a product, packed or as they lie
 //   product, store_row     sums = A B over some steps; a row of a block of y
@@ -49,8 +50,8 @@ struct LinearKernel : P {
         return p.norm_eps == 0 ? 0 : (rows * sizeof(T) + norm_rows * sizeof(float)) * p.k;
     }
 
-    // Of an item of so many rows or fewer: two blocks of sums, the norm of x, and where x is packed a block of k
-    // of it and the sums of the blocks before.
+    // Of an item of so many rows or fewer: two blocks of sums, the norm of x, and where x is packed a
+    // block of k of it and the sums of the blocks before.
     static size_t scratch(const Linear& p, int64_t rows) {
         size_t bytes = 2 * block_bytes + norm_scratch(p, rows);
         if (!packs_x) return bytes;
@@ -60,7 +61,7 @@ struct LinearKernel : P {
         return bytes;
     }
 
-    // Of them fewer rows may have more panels.
+    // An item of fewer rows may take more panels at once.
     static int64_t most_blocks_so_far(int64_t blocks, int64_t panels) {
         if (!most_so_far) return blocks * panels;
         return std::max(blocks, std::min(blocks * panels, most_so_far / block_bytes));

@@ -15,19 +15,20 @@ struct VectorProduct {
     static constexpr int step_size = N * N;  // (k, columns), and of x (rows, k)
     static constexpr bool packs_x = true;
     static constexpr int packed_size = 4;
-    // Of a panel of the weight what is about as large as the first-level cache, and sums that stay in the
-    // second-level one.
+    // Of a panel of the weight what is about as large as the first-level cache, and sums that stay in
+    // the second-level one.
     static constexpr int64_t most_k = 288, most_so_far = 1 << 19;
     static constexpr bool by_panels = true;
     static constexpr const char* name = "vectors";
 
-    // Rows of x in registers at once, with two vectors of columns: 24 rows by tiles of `many`, the last 8 by
-    // tiles of `few`. Sums fill most registers.
+    // Rows of x in registers at once, with two vectors of columns: 24 rows by tiles of `many`, the last
+    // 8 by tiles of `few`. Sums fill most registers.
     static constexpr int many = W == 16 ? 12 : 6, few = W == 16 ? 8 : 4;
     static constexpr int tiles = N / (2 * W) * (24 / many + 8 / few);
 
     // Inlined, or it would be transposed by any number of rows and columns.
-    __attribute__((flatten)) static void pack_step(const Weight& w, int64_t panel, int64_t k, float* out) {
+    __attribute__((flatten)) static void pack_step(const Weight& w, int64_t panel, int64_t k,
+                                                   float* out) {
         const int64_t n = panel * N;
         const T* data = static_cast<const T*>(w.data) + (w.transposed ? k * w.n + n : n * w.k + k);
         if (w.transposed) {
