@@ -37,12 +37,25 @@ extern const InstructionSet instruction_set;
 
 namespace {
 
+#if defined(DIFFIT_HAVE_AVX512_BF16)
+bool has_bfloat16() {
+#if defined(DIFFIT_EMULATE_AMX)
+    return true;
+#else
+    return __builtin_cpu_supports("avx512bf16");
+#endif
+}
+#endif
+
 #if defined(DIFFIT_HAVE_AMX)
-// Linux hands out the tile registers on request only.
-bool request_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
+bool has_tiles() {
+#if defined(DIFFIT_EMULATE_AMX)
+    return true;
+#elif defined(__linux__) && defined(__x86_64__)
+    // Linux hands out the tile registers on request only.
     constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return false;
 #endif
@@ -62,13 +75,11 @@ std::vector<const InstructionSet*> find_instruction_sets() {
     if (avx512) found.push_back(&avx512::instruction_set);
 #endif
 #if defined(DIFFIT_HAVE_AVX512_BF16)
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool bf16 = avx512 && has_bfloat16();
     if (bf16) found.push_back(&avx512_bf16::instruction_set);
 #endif
 #if defined(DIFFIT_HAVE_AMX)
-    if (bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-        request_tiles())
-        found.push_back(&amx::instruction_set);
+    if (bf16 && has_tiles()) found.push_back(&amx::instruction_set);
 #endif
     return found;
 }
