@@ -1,24 +1,26 @@
 """Write the measured tables again from benchmarks/results.
 
-The README gets a line per device and dtype, and every layer on GPUs; docs/results.md every layer on
-CPUs and every network.
+The README gets a line per device and dtype, of layers and of networks, and every layer on GPUs;
+docs/results.md every layer on CPUs and every network.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gpu_table
 import network_table
-from results import Contest, Row, contests, read, summarise
+from results import Contest, Row, Summary, contests, read, summarise
 from table import DTYPES
 
 BEGIN, END = RESULTS_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 GPU_MARKERS = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
 NETWORKS_MARKERS = ("<!-- networks:begin -->", "<!-- networks:end -->")
+Run = tuple[dict[str, Any], list[Row]]
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = [
@@ -27,9 +29,15 @@ COLUMNS = [
     ("block", "forward"),
     ("block", "backward"),
 ]
+NETWORK_COLUMNS = {
+    "evaluation": ("step", "forward"),
+    "guided evaluation": ("guided step", "forward"),
+    "training step": ("step", "training"),
+    "sampling": ("loop", "sampling"),
+}
 
 
-def summary_table(runs: list[tuple[dict[str, Any], list[Row]]]) -> str:
+def summary_table(runs: list[Run]) -> str:
     """All devices in Markdown, a line per dtype: the mean over the layers and the least."""
     lines = [
         "| device | dtype | "
@@ -38,15 +46,35 @@ def summary_table(runs: list[tuple[dict[str, Any], list[Row]]]) -> str:
         "|---" * (len(COLUMNS) + 3) + "|",
     ]
     for run, rows in runs:
-        summaries = {(s.operation, s.direction, s.dtype): s for s in summarise(rows)}
-        for dtype in dict.fromkeys(row.dtype for row in rows):
-            found = [summaries.get((*column, dtype)) for column in COLUMNS]
+        for dtype, found in _summaries(rows, COLUMNS).items():
             values = [f"{s.speedup_geomean:.2f}x ({s.speedup_min:.2f})" if s else "" for s in found]
             block = found[COLUMNS.index(("block", "forward"))]
             floor = f"{block.over_floor_geomean:.2f}" if block and block.over_floor_geomean else ""
             cells = [_device(run), DTYPES[dtype], *values, floor]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def network_summary_table(runs: list[Run]) -> str:
+    """The same of networks, and how many of them there are."""
+    lines = [f"| device | dtype | {' | '.join(NETWORK_COLUMNS)} |", "|---" * 6 + "|"]
+    for run, rows in runs:
+        for dtype, found in _summaries(rows, NETWORK_COLUMNS.values()).items():
+            values = [
+                f"{s.speedup_geomean:.2f}x ({s.speedup_min:.2f}), {s.shapes}" if s else ""
+                for s in found
+            ]
+            lines.append("| " + " | ".join([_device(run), DTYPES[dtype], *values]) + " |")
+    return "\n".join(lines)
+
+
+def _summaries(
+    rows: list[Row], columns: Iterable[tuple[str, str]]
+) -> dict[str, list[Summary | None]]:
+    """For each dtype the summary of each (operation, direction)."""
+    found = {(s.operation, s.direction, s.dtype): s for s in summarise(rows)}
+    dtypes = dict.fromkeys(row.dtype for row in rows)
+    return {dtype: [found.get((*column, dtype)) for column in columns] for dtype in dtypes}
 
 
 def _device(run: dict[str, Any]) -> str:
@@ -84,9 +112,7 @@ def device_table(run: dict[str, Any], rows: list[Row]) -> str:
         floor = f"{block.over_floor:.2f}" if block and block.over_floor else ""
         values = [_cell(cells.get(column)) for column in COLUMNS]
         lines.append("| " + " | ".join([layer, DTYPES[dtype], *values, floor]) + " |")
-    summaries = {(s.operation, s.direction, s.dtype): s for s in summarise(rows)}
-    for dtype in dict.fromkeys(row.dtype for row in rows):
-        found = [summaries.get((*column, dtype)) for column in COLUMNS]
+    for dtype, found in _summaries(rows, COLUMNS).items():
         values = [f"**{s.speedup_geomean:.2f}x**" if s else "" for s in found]
         block_mean = found[COLUMNS.index(("block", "forward"))]
         floor = ""
@@ -133,17 +159,19 @@ def main() -> int:
     runs = [read(folder) for folder in folders]
     networks = sorted(folder for folder in RESULTS.iterdir() if (folder / "models.json").exists())
     models = [
-        network_table.markdown(*read(folder, "models", network_table.NetworkRow))
+        read(folder, "models", network_table.NetworkRow)
         for folder in networks
         if folder.name != "quick"
     ]
+    networks_in_full = "\n\n".join(network_table.markdown(*run) for run in models)
     suites = [gpu_table.read(path.parent) for path in sorted(RESULTS.glob("*/gpu_suite.json"))]
     gpus = [gpu_table.markdown(device, rows) for device, rows in suites if rows]
     tables = [
         ("README.md", RESULTS_MARKERS, summary_table(runs)),
+        ("README.md", NETWORKS_MARKERS, network_summary_table(models)),
         ("README.md", GPU_MARKERS, "\n\n".join(gpus) or "Not measured yet."),
         ("docs/results.md", RESULTS_MARKERS, "\n\n".join(device_table(*run) for run in runs)),
-        ("docs/results.md", NETWORKS_MARKERS, "\n\n".join(models) or "Not measured yet."),
+        ("docs/results.md", NETWORKS_MARKERS, networks_in_full),
     ]
     for name, markers, table in tables:
         path = ROOT / name

@@ -15,6 +15,7 @@ from torch import nn
 import model_bench
 import network_table
 import networks
+import readme_table
 from contest import CompileBudget, hold
 from diffit.models import DiffusionNetwork, ImageDiffiT, LatentDiffiT, Preset, Sampling
 from diffit_kernels import use_backend
@@ -248,6 +249,10 @@ def test_run(
     assert [line.count("|") for line in table[2:]] == [7] * 4
     assert all(f"| {name} | fp32 | " in line for name, line in zip(NAMES, table[4:], strict=True))
     assert "4 steps, eager" in table[5]
+    titles, _, values = readme_table.network_summary_table([(settings, rows)]).splitlines()
+    assert len(titles.split(" | ")) == 6
+    _, _, *cells = values.strip("| ").split(" | ")
+    assert [cell.rpartition(", ")[2] for cell in cells] == ["2", "1", "2", "2"]
     with (tmp_path / "models.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(rows)
