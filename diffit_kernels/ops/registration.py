@@ -82,7 +82,8 @@ class Operator:
 
         def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
             def compute(*args: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
+                # Nor are views noted: a result that is one could not be changed in place.
+                with torch._C._AutoDispatchBelowADInplaceOrView():
                     return function(*args)
 
             def forward(ctx: Any, *args: Any) -> Any:

@@ -109,7 +109,7 @@ def as_grid(
         return as_pair("grid_size", grid_size)
     if window[0] * window[1] == tokens:
         return window
-    side = math.isqrt(tokens)
+    side = int(math.sqrt(tokens))  # not isqrt, which compilers cannot trace
     if side * side != tokens:
         raise ValueError(
             f"grid_size: L = {tokens} is neither the window {window} nor a square; "

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_kernels as dk
 from diffit.nn import TMSA, DiffiTBlock, TMSA2d
+from diffit_kernels.block import Weights
+from diffit_kernels.ops.block import block
 from tests.cases import DTYPES, AttentionCase, MLPCase, stack
 from tests.numeric_rule import assert_numeric_rule
 
@@ -82,6 +84,36 @@ def test_the_result_is_contiguous(fastest_backend: str) -> None:
         assert out.is_contiguous()
         assert lse.is_contiguous()
         assert dk.mlp(*replace(MLP, layout=layout).inputs().values()).is_contiguous()
+
+
+def test_results_may_be_changed_in_place(fastest_backend: str) -> None:
+    """As those of PyTorch's layers; but the sum of ``add_layer_norm``, which its gradient needs."""
+    layer = DiffiTBlock(32, 2, window_size=4)
+    attn, perceptron = layer.attn, list(layer.mlp.parameters())
+    weights = Weights(
+        *(attn.qkv.weight, attn.qkv.bias, None, None, attn.relative_position_bias_table),
+        *(attn.proj.weight, attn.proj.bias, *perceptron),
+    )
+    options = {"num_heads": 2, "window_size": 4, "grid_size": None, "scale": None}
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "window_attention": lambda x: dk.window_attention(x.repeat(1, 1, 3), None, **options),
+        "linear": lambda x: torch.ops.diffit.linear(x, attn.qkv.weight, attn.qkv.bias),
+        "layer_norm": dk.layer_norm,
+        "add_layer_norm": lambda x: dk.add_layer_norm(x, x)[1],
+        "mlp": lambda x: dk.mlp(x, *perceptron),
+        "mlp and residual": lambda x: dk.mlp(x, *perceptron, x),
+        "mlp of rows": lambda x: dk.mlp(x[0], *perceptron),
+        "block": lambda x: block(x, None, None, weights, eps=(1e-6, 1e-6), **options),
+        "TMSA": attn,
+        "DiffiTBlock": layer,
+    }
+    x = torch.randn(2, 16, 32, requires_grad=True)
+    for name, call in calls.items():
+        (expected,) = torch.autograd.grad(call(x).square().sum(), x)
+        changed = call(x)
+        changed += 0
+        (got,) = torch.autograd.grad(changed.square().sum(), x)
+        torch.testing.assert_close(got, expected, msg=name)
 
 
 def test_only_the_gradients_asked_for(fastest_backend: str) -> None:
@@ -227,6 +259,19 @@ def test_compiled_whole(fastest_backend: str, fresh_compiler: None, name: str) -
 
 def test_inductor(fastest_backend: str, fresh_compiler: None) -> None:
     _judge_compiled("DiffiTBlock", "inductor")
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("kind", [TMSA, DiffiTBlock])
+def test_other_squares_compile(
+    fastest_backend: str, fresh_compiler: None, kind: type[nn.Module], dynamic: bool | None
+) -> None:
+    """Grids that are not named."""
+    layer = kind(16, 2, window_size=2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for side in (4, 6, 2, 8, 10):
+        x = torch.randn(2, side * side, 16)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("name", ["TMSA", "TMSA2d", "DiffiTBlock"])
