@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffit.extras import import_extra
 from diffit.models import LatentDiffiT
-from diffit.nn.fusible import are_fusible
+from diffit.nn.fusible import are_linear
 from diffit_kernels import tmsa
 from diffit_kernels.ops.tmsa import attend_with_row
 
@@ -102,7 +102,7 @@ class TMSAAttnProcessor(nn.Module):
             "grid_size": grid,
             "scale": attn.scale,
         }
-        if are_fusible(*projections, out, self.qkv_temb):
+        if are_linear(*projections, out, self.qkv_temb):
             x = tmsa(
                 x,
                 temb,

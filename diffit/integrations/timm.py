@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from diffit.nn.fusible import are_fusible
+from diffit.nn.fusible import are_linear
 from diffit_kernels.ops.tmsa import attend_with_row
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class SwinWindowAttention(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor:
         row = None
-        if are_fusible(self.qkv) and self.qkv.bias is not None:
+        if are_linear(self.qkv) and self.qkv.bias is not None:
             qkv, row = linear(x, self.qkv.weight), self.qkv.bias.expand(x.shape[0], -1)
         else:
             qkv = self.qkv(x)

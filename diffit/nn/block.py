@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from diffit.nn.fusible import are_fusible, are_unhooked
+from diffit.nn.fusible import are_idle, are_linear, are_norms, are_unhooked, is_softmax
 from diffit.nn.tmsa import TMSA
 from diffit_kernels import add_layer_norm, layer_norm, mlp
 from diffit_kernels.block import Weights
@@ -38,7 +38,8 @@ class MLP(nn.Module):
         Layers that are more than their parameters, with an adapter or a hook, are called instead.
         """
         fc1, fc2 = self.fc1, self.fc2
-        if are_fusible(fc1, fc2, self.drop) and fc1.bias is not None and fc2.bias is not None:
+        fused = are_linear(fc1, fc2) and are_idle(self.drop)
+        if fused and fc1.bias is not None and fc2.bias is not None:
             return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual)
         y = self.drop(fc2(self.drop(gelu(fc1(x), approximate="tanh"))))
         return y if residual is None else residual + y
@@ -126,12 +127,14 @@ class DiffiTBlock(nn.Module):
             return None
         qkv, token, proj, norm1, norm2 = attn.qkv, attn.qkv_temb, attn.proj, self.norm1, self.norm2
         fc1, fc2 = perceptron.fc1, perceptron.fc2
-        dropouts = (attn.attn_drop, attn.proj_drop, perceptron.drop)
         if not (
             isinstance(x, Tensor)
             and all(_is_for_each_sample(entry, x) for entry in (temb, row))
             and are_unhooked(attn, perceptron)
-            and are_fusible(norm1, qkv, token, attn.softmax, proj, norm2, fc1, fc2, *dropouts)
+            and are_norms(norm1, norm2)
+            and are_linear(qkv, token, proj, fc1, fc2)
+            and is_softmax(attn.softmax)
+            and are_idle(attn.attn_drop, attn.proj_drop, perceptron.drop)
         ):
             return None
         b1, b2 = fc1.bias, fc2.bias
@@ -167,11 +170,11 @@ class DiffiTBlock(nn.Module):
 
     def normed(self, x: Tensor) -> Tensor:
         """``norm1(x)``."""
-        return layer_norm(x, self.norm1.eps) if are_fusible(self.norm1) else self.norm1(x)
+        return layer_norm(x, self.norm1.eps) if are_norms(self.norm1) else self.norm1(x)
 
     def add_normed(self, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of both, and ``norm2`` of it."""
-        if are_fusible(self.norm2):
+        if are_norms(self.norm2):
             return add_layer_norm(x, attention, self.norm2.eps)
         x = x + attention
         return x, self.norm2(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,15 +10,37 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def are_fusible(*layers: nn.Module | None) -> bool:
-    """Whether these layers do no more than the operators that compute them.
+def are_linear(*layers: nn.Module | None) -> bool:
+    """Whether these are linear layers that do no more than multiply and add, or None.
 
-    So do ``Linear``, norms over the last dimension without parameters, softmax, and dropout that is
-    not active. Not so where an adapter (LoRA), a quantised layer or another module stands in the
-    place of one, where it has hooks, or where its weight is computed or a quantised or distributed
-    tensor: such a layer has to be called.
+    Not so where an adapter (LoRA), a quantised layer or another module stands in the place of one,
+    where it has hooks, or where its weight is computed or a quantised or distributed tensor: such a
+    layer has to be called.
     """
-    return all(layer is None or _is_fusible(layer) for layer in layers)
+    return all(layer is None or (_runs(layer, _LINEAR) and _has_weight(layer)) for layer in layers)
+
+
+def are_norms(*layers: Any) -> bool:
+    """The same of layer norms over the last dimension without parameters."""
+    return all(
+        _runs(layer, _NORM)
+        and layer.__dict__["_parameters"].get("weight", _ELSEWHERE) is None
+        and len(layer.normalized_shape) == 1
+        for layer in layers
+    )
+
+
+def are_idle(*dropouts: Any) -> bool:
+    """Whether these return what they get."""
+    return all(
+        _runs(layer, _IDENTITY) or (_runs(layer, _DROPOUT) and not (layer.training and layer.p > 0))
+        for layer in dropouts
+    )
+
+
+def is_softmax(layer: Any) -> bool:
+    """Whether this is a softmax over the last dimension and nothing else."""
+    return _runs(layer, _SOFTMAX) and layer.dim == -1
 
 
 def are_unhooked(*layers: nn.Module) -> bool:
@@ -43,17 +66,13 @@ _LINEAR, _NORM, _SOFTMAX, _DROPOUT, _IDENTITY = (
 )
 
 
-def _is_fusible(layer: Any) -> bool:
-    if _is_hooked(layer):
-        return False
-    forward = getattr(type(layer), "forward", None)
+def _runs(layer: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether a call of the layer would run this function and nothing else."""
+    return getattr(type(layer), "forward", None) is forward and not _is_hooked(layer)
+
+
+def _has_weight(layer: nn.Module) -> bool:
     weight = layer.__dict__["_parameters"].get("weight", _ELSEWHERE)
-    if forward is _LINEAR:
-        if type(weight) is nn.Parameter:
-            return True
-        return weight is not _ELSEWHERE and not is_traceable_wrapper_subclass(weight)
-    if forward is _NORM:
-        return weight is None and len(layer.normalized_shape) == 1
-    if forward is _DROPOUT:
-        return not (layer.training and layer.p > 0)
-    return forward is _IDENTITY or (forward is _SOFTMAX and layer.dim == -1)
+    if type(weight) is nn.Parameter:
+        return True
+    return weight is not _ELSEWHERE and not is_traceable_wrapper_subclass(weight)

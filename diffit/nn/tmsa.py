@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffit.nn.fusible import are_fusible
+from diffit.nn.fusible import are_idle, are_linear, is_softmax
 from diffit_kernels import relative_position_index, tmsa
 from diffit_kernels.ops import autocast
 from diffit_kernels.ops.tmsa import attend_with_row
@@ -177,14 +177,14 @@ class TMSA(nn.Module):
             TypeError, ValueError: an input that does not fit, naming it.
         """
         qkv, qkv_temb, proj = self.qkv, self.qkv_temb, self.proj
-        weight = qkv.weight if are_fusible(qkv) else None
+        weight = qkv.weight if are_linear(qkv) else None
         self.check(x, temb, row, weight)
         if temb is not None and temb.dim() == 3 and temb.shape[1] == 1:
             temb = temb[:, 0]
         per_position = temb is not None and temb.dim() == 3
         by_operator = not (return_attention or per_position)
-        by_operator = by_operator and are_fusible(self.softmax, self.attn_drop)
-        if by_operator and weight is not None and are_fusible(qkv_temb, proj):
+        by_operator = by_operator and is_softmax(self.softmax) and are_idle(self.attn_drop)
+        if by_operator and weight is not None and are_linear(qkv_temb, proj):
             token = None if temb is None else qkv_temb
             out = tmsa(
                 x,
@@ -202,7 +202,7 @@ class TMSA(nn.Module):
                 scale=self.scale,
                 row=row,
             )
-            return out if are_fusible(self.proj_drop) else self.proj_drop(out)
+            return out if are_idle(self.proj_drop) else self.proj_drop(out)
 
         packed = qkv(x)
         if temb is not None and qkv_temb is not None:

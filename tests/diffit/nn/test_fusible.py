@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from diffit.models import LatentDiffiT
 from diffit.nn import TMSA, DiffiTBlock
-from diffit.nn.fusible import are_fusible
+from diffit.nn.fusible import are_linear, are_norms
 from tests.diffit.models.networks import stirred
 
 LINEAR = ("attn.qkv", "attn.qkv_temb", "attn.proj", "mlp.fc1", "mlp.fc2")
+NORMS = ("norm1", "norm2")
 
 
 class Adapter(nn.Module):
@@ -93,8 +94,10 @@ def test_adapter_with_a_token_for_several_windows(name: str, use_row: bool) -> N
 
 def test_every_hook_runs(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
     expected = run(block, inputs)
-    parts = {name: attrgetter(name)(block) for name in ("norm1", "norm2", *LINEAR)}
-    assert are_fusible(None, *parts.values())
+    linear, norms = ({name: attrgetter(name)(block) for name in names} for names in (LINEAR, NORMS))
+    parts = linear | norms
+    assert are_linear(None, *linear.values())
+    assert are_norms(*norms.values())
     calls: list[str] = []
     handles = [
         register(lambda *_, name=name: calls.append(name))
@@ -105,7 +108,8 @@ def test_every_hook_runs(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> N
     assert sorted(calls) == sorted([*parts] * 2)
     for handle in handles:
         handle.remove()
-    assert are_fusible(*parts.values())
+    assert are_linear(*linear.values())
+    assert are_norms(*norms.values())
 
 
 def test_norms_may_be_others(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
@@ -115,6 +119,33 @@ def test_norms_may_be_others(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) 
     x, temb = inputs
     x = x + block.attn(block.norm1(x), temb, grid_size=(4, 3))
     torch.testing.assert_close(run(block, inputs), x + block.mlp(block.norm2(x)))
+
+
+ANOTHER_KIND: dict[str, nn.Module] = {
+    "norm1": nn.Identity(),
+    "norm2": nn.Softmax(dim=-1),
+    "attn.softmax": nn.Identity(),
+    "attn.attn_drop": nn.LayerNorm(6, elementwise_affine=False),
+    "attn.proj": nn.Identity(),
+    "attn.proj_drop": nn.Softmax(dim=-1),
+    "mlp.drop": nn.Softmax(dim=-1),
+}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ANOTHER_KIND)
+def test_another_kind_is_called(
+    name: str, trained: bool, block: DiffiTBlock, inputs: tuple[Tensor, Tensor]
+) -> None:
+    """Also one that is fused in another place."""
+    block.set_submodule(name, ANOTHER_KIND[name])
+    perceptron, (x, temb) = block.mlp, inputs
+    with torch.set_grad_enabled(trained):
+        attended, _ = block.attn(block.norm1(x), temb, grid_size=(4, 3), return_attention=True)
+        x = x + attended
+        hidden = nn.functional.gelu(perceptron.fc1(block.norm2(x)), approximate="tanh")
+        expected = x + perceptron.drop(perceptron.fc2(perceptron.drop(hidden)))
+        torch.testing.assert_close(run(block, inputs), expected)
 
 
 def test_maps_by_a_hook(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
