@@ -264,7 +264,7 @@ def mlp_backward(
     grad_x = x.new_empty(x_rows.shape)
     rows = (grad_rows, x_rows, hidden, grad_x)
     weights_and_bias = (fc1_weight, bias, fc2_weight)
-    if hidden.nbytes <= 2 * _HIDDEN_BYTES or not _has_exact_gradients(problem):
+    if hidden.nbytes <= _HIDDEN_BYTES or not _has_exact_gradients(problem):
         memory = (x.new_empty(hidden.shape), x.new_empty(hidden.shape))
         grads = _backward_of_rows(*rows, *weights_and_bias, *memory, weights, x.dtype)
         return grad_x.view(x.shape), *grads
