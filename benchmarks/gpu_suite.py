@@ -29,10 +29,10 @@ import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
+from diffit.cli.arguments import Parser, positive_number
 from gpu import BENCHMARKS, ROOT, report, schedule
 from gpu.job import write_json
 from gpu.precision import PRECISIONS
@@ -52,14 +52,6 @@ WEIGHTS = {
 MINUTES = 8.0
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of a run, checked."""
     parser = Parser(
@@ -69,7 +61,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder, such as benchmarks/results/h100")
-    add("--minutes", type=float, default=MINUTES, help=f"for everything (default: {MINUTES:g})")
+    add(
+        "--minutes",
+        type=positive_number,
+        default=MINUTES,
+        help=f"for everything (default: {MINUTES:g})",
+    )
     add("--parts", nargs="+", choices=WEIGHTS, metavar="PART", help="default: all")
     add(
         "--precisions",
@@ -79,8 +76,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"of rule, operators and blocks, of {', '.join(PRECISIONS)} (default: all)",
     )
     args = parser.parse_args(arguments)
-    if not 0 < args.minutes < float("inf"):
-        parser.error(f"argument --minutes: expected more than 0, got {args.minutes:g}")
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device; expected a machine with one")
     args.parts = [name for name in WEIGHTS if name in (args.parts or WEIGHTS)]

@@ -24,6 +24,7 @@ import network_table as table
 import plot
 import results
 from contest import CompileBudget, Pace, hold
+from diffit.cli.arguments import Parser, finite_number, positive_int, positive_number
 from diffit.models import DiffusionNetwork, ImageDiffiT, LatentDiffiT
 from diffit.models.presets import MAIN
 from diffit_kernels import available_backends
@@ -35,7 +36,7 @@ from peers.networks import blocks
 from results import FAILED, OURS, SKIPPED, Contest, Row, layer_columns
 from shapes import CUDA_BATCHES
 from table import summary_line
-from tmsa_bench import DTYPES, RESULTS, Parser, default_dtypes
+from tmsa_bench import DTYPES, RESULTS, default_dtypes
 
 NAME = "models"
 QUICK = ("diffit_emoji_32", "diffit_s_2_256")
@@ -56,16 +57,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--presets", nargs="+", choices=MAIN, metavar="NAME", help=f"of {', '.join(MAIN)}")
     add("--passes", nargs="+", choices=PASSES, default=PASSES, help="default: all")
     add("--dtypes", nargs="+", choices=DTYPES["cpu"], help="default: those the device has")
-    add("--batch", type=int, help=f"default: 1 latent or {IMAGE_BATCH} pictures, on a GPU 8 x that")
-    add("--sampling-steps", type=int, help=f"default: the preset's own, or {FEW_STEPS}")
-    add("--minutes", type=float, help=f"leave out what would last longer (default: {MINUTES:g})")
+    add(
+        "--batch",
+        type=positive_int,
+        help=f"default: 1 latent or {IMAGE_BATCH} pictures, on a GPU 8 x that",
+    )
+    add("--sampling-steps", type=positive_int, help=f"default: the preset's own, or {FEW_STEPS}")
+    add(
+        "--minutes",
+        type=positive_number,
+        help=f"leave out what would last longer (default: {MINUTES:g})",
+    )
     add(
         "--compile-seconds",
-        type=float,
+        type=finite_number,
         help=f"for peers that need the compiler (default: {COMPILE_SECONDS:g}, with --quick 0)",
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--threads", type=int, help="of PyTorch on the processor; default: PyTorch's")
+    add("--threads", type=positive_int, help="of PyTorch on the processor; default: PyTorch's")
     add(
         "--out",
         type=Path,
@@ -75,10 +84,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: PyTorch sees no CUDA device; expected cpu")
-    for name in ("threads", "batch", "sampling_steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: expected at least 1, got {value}")
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.threads is not None:
         torch.set_num_threads(args.threads)

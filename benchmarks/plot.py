@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from diffit.cli.arguments import Parser
 from results import OK, Contest, Row, contests, read
 from table import DTYPES
 
@@ -84,8 +85,17 @@ def _draw(axis: Any, panel: list[Contest], shapes: list[str], dtypes: list[str])
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def main() -> int:
+    """The exit code."""
+    parser = Parser(prog="plot.py", description=__doc__)
+    parser.add_argument("folder", type=Path, help="with a results.json")
+    args = parser.parse_args()
+    try:
+        print(save(args.folder))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1], "results.json").is_file():
-        print("plot.py: expected one folder with a results.json", file=sys.stderr)
-        sys.exit(2)
-    print(save(Path(sys.argv[1])))
+    sys.exit(main())

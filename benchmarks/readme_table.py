@@ -6,7 +6,6 @@ docs/results.md every layer on CPUs and every network.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import gpu_table
 import network_table
+from diffit.cli.arguments import Parser
 from results import Contest, Row, Summary, contests, read, summarise
 from table import DTYPES
 
@@ -152,8 +152,7 @@ def replace_table(text: str, table: str, markers: tuple[str, str] = RESULTS_MARK
 
 def main() -> int:
     """The exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.parse_args()
+    Parser(prog="readme_table.py", description=__doc__).parse_args()
     folders = sorted(path.parent for path in RESULTS.glob("*/results.json"))
     folders = [folder for folder in folders if folder.name != "quick"]
     runs = [read(folder) for folder in folders]

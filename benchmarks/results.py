@@ -191,8 +191,18 @@ def write(folder: Path, run: dict[str, Any], rows: Sequence[Row], name: str = "r
 def read(
     folder: Path, name: str = "results", row: type[Row] = Row
 ) -> tuple[dict[str, Any], list[Row]]:
-    """What ``write`` was given."""
-    document = json.loads((folder / f"{name}.json").read_text())
-    rows = [row(**values) for values in document.pop("rows")]
-    del document["summary"]
+    """What ``write`` was given.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    path = folder / f"{name}.json"
+    text = path.read_text()
+    try:
+        document = json.loads(text)
+        rows = [row(**values) for values in document.pop("rows")]
+        del document["summary"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the results of a benchmark: {error!r}") from None
     return document, rows

@@ -12,7 +12,6 @@ import sys
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -22,6 +21,7 @@ import plot
 import results
 import table
 from contest import CompileBudget, Pace, hold
+from diffit.cli.arguments import Parser, finite_number, positive_int
 from diffit_kernels import available_backends
 from diffit_kernels.dispatch import select
 from diffit_kernels.products import are_slow
@@ -36,14 +36,6 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float
 FULL_PACE = Pace(seconds=1.5, min_rounds=11, max_rounds=50)
 QUICK_PACE = Pace(seconds=0.3, min_rounds=3, max_rounds=20)
 COMPILE_SECONDS = 180
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def default_dtypes(device: torch.device) -> list[str]:
@@ -62,10 +54,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="default: all")
     add("--passes", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--threads", type=int, help="of PyTorch on the processor; default: PyTorch's")
+    add("--threads", type=positive_int, help="of PyTorch on the processor; default: PyTorch's")
     add(
         "--compile-seconds",
-        type=float,
+        type=finite_number,
         default=COMPILE_SECONDS,
         help="compile peers in this time, the largest layers first; peers that would come later "
         f"are reported as not run (default: {COMPILE_SECONDS})",
@@ -79,8 +71,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: PyTorch sees no CUDA device; expected cpu")
-    if args.threads is not None and args.threads < 1:
-        parser.error(f"argument --threads: expected at least 1, got {args.threads}")
     if not PICTURES.is_file():
         parser.error(f"no pictures to compute on: {PICTURES} is missing")
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -34,7 +34,8 @@ def _checked(name: str, source: str) -> str:
 _chosen: str | None = None
 
 
-def _choice() -> str:
+def choice() -> str:
+    """The backend that was asked for, or "auto"."""
     return _from_environment() if _chosen is None else _chosen
 
 
@@ -81,7 +82,7 @@ def _reason(name: str, problem: Problem) -> str | None:
 
 def runs_native(device_type: str) -> bool:
     """Whether tensors on this device go to the compiled CPU kernels, if they take the problem."""
-    return device_type == "cpu" and _choice() in ("auto", "cpu") and native.unavailable() is None
+    return device_type == "cpu" and choice() in ("auto", "cpu") and native.unavailable() is None
 
 
 def select_products(device_type: str) -> ModuleType:
@@ -91,17 +92,17 @@ def select_products(device_type: str) -> ModuleType:
 
 def select(problem: Problem) -> ModuleType:
     """The module that runs this problem."""
-    choice = _choice()
-    if choice != "auto":
-        if reason := _reason(choice, problem):
-            raise RuntimeError(f"backend {choice!r} cannot run this call: {reason}")
+    chosen = choice()
+    if chosen != "auto":
+        if reason := _reason(chosen, problem):
+            raise RuntimeError(f"backend {chosen!r} cannot run this call: {reason}")
     else:
         names = _AUTO.get(problem.device_type, _AUTO_ELSEWHERE)
-        choice = next(
+        chosen = next(
             name
             for name in names
             if (name != "cuda" or cuda.is_faster(problem)) and _reason(name, problem) is None
         )
-    backend = _BACKENDS[choice]
+    backend = _BACKENDS[chosen]
     assert isinstance(backend, ModuleType)
     return backend

@@ -13,11 +13,12 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from diffit.cli import data, encode, evaluate, info, models, sample, train, viz
+from diffit.cli.arguments import WRONG_INPUT, Parser
 
-WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
+INTERRUPTED = 130  # exit code
 LONGEST_MESSAGE = 500
 
 
@@ -43,14 +44,6 @@ COMMANDS: dict[str, Command] = {
     "data encode": encode,
     "info": info,
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(WRONG_INPUT, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Types of arguments that several commands take, and whether their output can be written."""
+"""What commands share: their parser, types of arguments, whether output can be written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import argparse
 import math
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import NoReturn
+
+WRONG_INPUT = 2  # exit code
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(WRONG_INPUT, f"{self.prog}: {message}\n")
 
 
 def positive_int(text: str) -> int:
@@ -57,18 +68,34 @@ def require_writable(option: str, folder: Path) -> None:
         ) from error
 
 
-def require_out(option: str, path: Path, suffix: str) -> None:
+def require_out(option: str, path: Path, suffix: str, *sources: Path | None) -> None:
     """Raise unless a file of that suffix can be written there: before the work.
 
     Raises:
-        ValueError: another suffix, or no folder for it.
+        ValueError: another suffix, no folder for it, or one of the sources in its place.
         OSError: the folder cannot be written to.
     """
     if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
         raise ValueError(
             f"{option}: expected a {suffix} in a folder that exists, got {str(path)!r}"
         )
+    for source in sources:
+        if source is not None and path.exists() and source.exists() and path.samefile(source):
+            raise ValueError(
+                f"{option}: expected another file than what is read, got {str(path)!r}"
+            )
     require_writable(option, path.parent)
+
+
+def folder(text: str) -> Path:
+    """One with a name; an empty one would be the current folder.
+
+    Raises:
+        argparse.ArgumentTypeError: it has none.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
 
 
 def require_out_folder(option: str, path: Path) -> None:

@@ -34,5 +34,5 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from diffit.data.pack import pack
 
-    require_out("--out", arguments.out, ".zip")
+    require_out("--out", arguments.out, ".zip", arguments.source)
     print(pack(arguments.source, arguments.out, size=arguments.size))

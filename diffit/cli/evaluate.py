@@ -124,7 +124,7 @@ def _require_sensible(arguments: argparse.Namespace) -> None:
         ("--write-statistics", arguments.write_statistics, ".npz"),
     ):
         if path is not None:
-            require_out(option, path, suffix)
+            require_out(option, path, suffix, arguments.reference, arguments.samples)
     given = [name for name in SAMPLING_ONLY if getattr(arguments, name) not in (None, False)]
     if arguments.samples and given:
         raise ValueError(

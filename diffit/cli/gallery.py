@@ -81,6 +81,10 @@ class Gallery:
         """
         return [seed for seed, note in notes.items() if not self._holds(seed, note)]
 
+    def holds_any(self) -> bool:
+        """Whether there are finished pictures."""
+        return any(self.folder.glob("*.png"))
+
     def add(self, seed: int, pixels: Pixels, note: Note) -> None:
         """Write one picture."""
         text = PngInfo()

@@ -12,14 +12,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print it."""
+    """Print it.
+
+    Raises:
+        ValueError: ``DIFFIT_BACKEND`` names no backend.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     import diffit
-    from diffit_kernels import available_backends, native
+    from diffit_kernels import available_backends, dispatch, native
 
     def show(name: str, value: object) -> None:
         print(f"  {name:16} {value}")
@@ -51,3 +55,4 @@ def run(arguments: argparse.Namespace) -> None:
     print("backends")
     for backend, reason in available_backends().items():
         show(backend, "runs" if reason is None else f"does not run: {reason}")
+    show("chosen", dispatch.choice())

@@ -18,7 +18,7 @@ from diffit.models import (
     get_preset,
     load_model,
 )
-from diffit.models.weights import find_weights, require_finite
+from diffit.models.weights import find_weights, is_on_hub, require_finite
 
 # The weights that come with the source tree.
 SHIPPED = Path(__file__).parents[2] / "examples" / "weights"
@@ -82,6 +82,12 @@ def find_network(preset: str | None, weights: str | None) -> Found:
     elif known is not None:
         _require_fit(network, preset, known, path)
     return Found(network, preset, sha256_of(path))
+
+
+def announce_hub(source: str | None) -> None:
+    """Say that the hub is asked for weights, which may take a while, where it will be."""
+    if source is not None and is_on_hub(source):
+        print(f"{source}: asking the Hugging Face hub", flush=True)
 
 
 def image_size(network: DiffusionNetwork) -> int:

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 HELP = "sample pictures: a grid, single PNGs, or an npz for evaluators"
 SEEDS = "0"
 STEPS = {"edm": 18, "ddpm": 250, "ddim": 50, "dpm++": 25}  # where they are not the preset's
+MOST_STEPS = 10_000
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def sampler_steps(text: str) -> int:
+    """From 1 to ``MOST_STEPS``.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    steps = positive_int(text)
+    if steps > MOST_STEPS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_STEPS} steps, got {text!r}")
+    return steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +71,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, seeds: str) -> None:
         "number s modulo n; default: each seed draws its own",
     )
     add("--sampler", choices=tuple(STEPS), help="default: the preset's")
-    add("--steps", type=positive_int, metavar="N", help="of the sampler; default: the preset's")
+    add("--steps", type=sampler_steps, metavar="N", help="of the sampler; default: the preset's")
     add(
         "--guidance",
         type=finite_number,
@@ -164,10 +177,12 @@ def make_plan(arguments: argparse.Namespace, peers: Ranks) -> Plan:
     import torch
 
     from diffit.cli.machine import batch_that_fits, pick_device
-    from diffit.cli.networks import RANDOM, find_network
+    from diffit.cli.networks import RANDOM, announce_hub, find_network
     from diffit.cli.pictures import Painter
 
     device = pick_device(arguments.device)
+    if peers.first:
+        announce_hub(arguments.weights)
     found = find_network(arguments.preset, arguments.weights)
     found.network.to(device, getattr(torch, arguments.dtype) if arguments.dtype else None)
     sampling = _sampling(arguments, found.preset)
@@ -251,7 +266,8 @@ def _paint(plan: Plan, gallery: Gallery, seeds: Sequence[int], *, show: bool) ->
                 gallery.add(seed, pixels, plan.notes[seed])
             evaluated, saved = evaluated + painted.evaluated, saved + painted.saved
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; the same command goes on from what is in {gallery.folder}"
-        ) from None
+        goes_on = "before the first batch; smaller ones (--batch-size) lose less"
+        if gallery.holds_any():
+            goes_on = f"the same command goes on from what is in {gallery.folder}"
+        raise KeyboardInterrupt(f"interrupted; {goes_on}") from None
     return evaluated, saved

@@ -48,7 +48,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = torch.linalg.eigvalsh(root @ b.covariance @ root)
     trace = a.covariance.trace() + b.covariance.trace() - 2 * product.clamp(min=0).sqrt().sum()
-    return ((a.mean - b.mean).square().sum() + trace).item()
+    # Of equal sets rounding alone may make it negative.
+    return max(((a.mean - b.mean).square().sum() + trace).item(), 0.0)
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:

@@ -128,6 +128,13 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
     save_tensors(path, state, {"format": "pt", METADATA: json.dumps(metadata)})
 
 
+def is_on_hub(source: str | os.PathLike[str]) -> bool:
+    """Whether this is no path here but may be OWNER/NAME, a repository on the hub."""
+    path = Path(source)
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
+    return named and path.suffix != ".safetensors" and not path.exists()
+
+
 def find_weights(source: str | os.PathLike[str], input_size: int = 32, **hub_options: Any) -> Path:
     """The safetensors file of a file, a folder or a repository on the hub, fetched if need be.
 
@@ -144,8 +151,8 @@ def find_weights(source: str | os.PathLike[str], input_size: int = 32, **hub_opt
         path = path / SAFETENSORS_SINGLE_FILE
     if path.is_file():
         return path
-    if path.suffix == ".safetensors":
-        raise FileNotFoundError(f"{path}: no such file")
+    if not is_on_hub(source):
+        raise FileNotFoundError(f"{path}: no such file or folder")
     try:
         try:
             return Path(hf_hub_download(str(source), SAFETENSORS_SINGLE_FILE, **hub_options))

@@ -118,6 +118,10 @@ class Checkpoints:
             raise ValueError(f"{path}: does not fit this run: {_reason(error)}") from error
         return step, refused
 
+    def there(self) -> bool:
+        """Whether there are any."""
+        return bool(self._all())
+
     def _newest(self) -> tuple[int | None, list[str]]:
         refused: list[str] = []
         for path in reversed(self._all()):

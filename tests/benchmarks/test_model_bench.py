@@ -271,6 +271,8 @@ WRONG = {
     "no threads": ["--threads", "0"],
     "no GPU": ["--device", "cuda"],
     "time in words": ["--minutes", "long"],
+    "no time": ["--minutes", "0"],
+    "no number of seconds": ["--compile-seconds", "nan"],
     "folder is a file": ["--out", __file__],
 }
 

@@ -152,6 +152,13 @@ def test_without_matplotlib_one_line_says_so(
     assert "\n" not in line
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{}], "summary": []}'])
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json: expected the results of a benchmark"):
+        read(tmp_path)
+
+
 def test_readme_table_is_replaced_between_the_markers() -> None:
     text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
     new = readme_table.replace_table(text, readme_table.device_table(RUN, ROWS))

@@ -212,6 +212,10 @@ def test_wrong_input(
         (("--samples", "no.zip", "--reference", "a.zip"), "no.zip: no such file or folder"),
         (("--samples", "a.zip", "--reference", "no.npz"), "no.npz: no such file or folder"),
         (("--samples", "text", "--reference", "a.zip"), "text: expected a folder, a zip, an npz"),
+        (
+            ("--reference", "fid.npz", "--write-statistics", "./fid.npz"),
+            "--write-statistics: expected another file than what is read, got 'fid.npz'",
+        ),
         (("--samples", "a.zip", "--reference", "bad"), "bad: 03.png: cannot be read"),
         (("--samples", "few", "--reference", "a.zip"), "few: expected at least 10 pictures, got 9"),
         (("--preset", PRESET, "--seeds", "0-8", "--reference", "a.zip"), "--seeds: expected at"),

@@ -62,6 +62,16 @@ def test_info(capsys: Any) -> None:
     assert "does not run: " in out
 
 
+def test_info_says_which_backend_was_chosen(
+    capsys: Any, environment_names: Callable[[str], None]
+) -> None:
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.split()[-2:] == ["chosen", "auto"]
+    environment_names("foo")
+    assert main(["info"]) == 2
+    assert "DIFFIT_BACKEND: expected one of auto" in capsys.readouterr().err
+
+
 def test_data(capsys: Any, fails: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     Image.new("RGB", (6, 4)).save(tmp_path / "set/a.png")
@@ -76,6 +86,9 @@ def test_data(capsys: Any, fails: Callable[..., str], tmp_path: Path) -> None:
     assert "nowhere: no such file or folder" in fails("data", "nowhere", "--out", "a.zip")
     assert main(["data", "set", "--out", "a.zip", "--size", "4"]) == 0
     assert capsys.readouterr().out == "kept 1\nleft out 1: smaller than 4 x 4 (b.png)\n"
+    packed = Path("a.zip").read_bytes()
+    assert "expected another file than what is read" in fails("data", "a.zip", "--out", "a.zip")
+    assert Path("a.zip").read_bytes() == packed
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,18 @@ def test_goes_on_where_it_was_stopped(
     assert not partial.exists()
 
 
+def test_interrupted_in_the_first_batch(
+    weights: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffit.cli.pictures.edm_sample", interrupt)
+    assert main(words(weights, tmp_path / "out.npz")) == 130
+    assert "interrupted; before the first batch" in capsys.readouterr().err
+    assert not (tmp_path / "out.npz.partial").exists()
+
+
 def test_torchrun(weights: Path, tmp_path: Path) -> None:
     """Two processes make the pictures of one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -254,6 +266,7 @@ def test_wrong_input(weights: Path, fails: Any, tmp_path: Path) -> None:
         (("--preset", PRESET, "--sampler", "euler"), "invalid choice: 'euler'"),
         (("--preset", PRESET, "--vae", "x"), "--vae: only latent networks have a decoder"),
         (("--preset", PRESET, "--steps", "0"), "expected a number of at least 1, got '0'"),
+        (("--preset", PRESET, "--steps", "1" + "0" * 20), "--steps: expected at most 10000 steps"),
         (("--preset", PRESET, "--seeds", "5-2"), "the range '5-2' ends before it begins"),
         (("--preset", PRESET, "--guidance", "a"), "expected a finite number, got 'a'"),
         (("--preset", PRESET, "--guidance", "nan"), "expected a finite number, got 'nan'"),

@@ -18,6 +18,7 @@ from PIL import Image
 from diffit.cli import main
 from diffit.cli.networks import SHIPPED
 from diffit.models import load_model, save_weights
+from diffit.training.log import Log
 from tests.diffit.training.kills import wait
 from tests.diffit.training.processes import Processes
 from tests.diffit.training.tiny import (
@@ -124,6 +125,32 @@ def test_wrong_arguments(
 ) -> None:
     assert message in wrong(capsys, train(**changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_name(train: Train, capsys: Any) -> None:
+    """It would be the current one."""
+    with pytest.raises(SystemExit, match="2"):
+        train(out="")
+    assert capsys.readouterr().err == "diffit train: argument --out: expected a folder, got ''\n"
+
+
+@pytest.mark.parametrize(
+    ("step", "message"), [(1, "before the first checkpoint"), (3, "from the last checkpoint in ")]
+)
+def test_interrupted(
+    train: Train, tmp_path: Path, capsys: Any, monkeypatch: Any, step: int, message: str
+) -> None:
+    """It says what is kept."""
+    observed = iter(range(1, 10))
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        if next(observed) == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Log, "write", interrupt)
+    assert train(checkpoint_every=1) == 130
+    assert message in capsys.readouterr().err
+    assert any((tmp_path / "run").glob("checkpoints/[0-9]*")) == (step > 1)
 
 
 @pytest.mark.parametrize("option", ["steps", "batch_size", "lr", "keep", "micro_batch"])

@@ -147,12 +147,21 @@ def test_hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(load_model("nvidia/DiffiT")[0], LatentDiffiT)
 
 
-@pytest.mark.parametrize("source", ["nvidia/DiffiT", "no/such/folder"])
-def test_nowhere(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network: one line that names what was asked for."""
+def test_a_repository_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names what was asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for load in (LatentDiffiT.from_pretrained, load_model):
-        with pytest.raises(OSError, match=f"^{source}: no such file or folder, nor.*[^\n]$"):
+        with pytest.raises(OSError, match=r"^nvidia/DiffiT: no such file or folder, nor.*[^\n]$"):
+            load("nvidia/DiffiT")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "no/such/folder", "/no/folder", "a/b.safetensors"])
+def test_what_is_no_repository_is_not_asked_for(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "hf_hub_download", None)
+    for load in (LatentDiffiT.from_pretrained, load_model):
+        with pytest.raises(FileNotFoundError, match=f"^{source}: no such file or folder$"):
             load(source)
 
 
