@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffit.data.pack import INDEX, UNREADABLE, read_index
+from diffit.data.pack import INDEX, UNREADABLE, read_index, why_unreadable
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 KEPT_BYTES = 2**30  # a set whose pixels take no more is decoded once: a GPU would wait for it
@@ -95,7 +95,9 @@ class ImageDataset:
             with Image.open(io.BytesIO(self._bytes(name))) as picture:
                 mode, pixels = picture.mode, np.array(picture)
         except UNREADABLE as error:
-            raise ValueError(f"{self.path}: {name}: cannot be read: {error}") from error
+            raise ValueError(
+                f"{self.path}: {name}: cannot be read: {why_unreadable(error)}"
+            ) from error
         side = self.resolution
         if mode != "RGB" or pixels.shape != (side, side, 3):
             size = "{1} x {0}".format(*pixels.shape)

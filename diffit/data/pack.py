@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from diffit.files import replacing
 
@@ -210,6 +210,11 @@ def read_index(path: Path, read: Callable[[str], bytes]) -> tuple[dict[str, Any]
         raise ValueError(
             f"{path}: {INDEX}: expected labels, a list of [file, class], got {labels!r:.40}"
         ) from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """What to say of an error of ``UNREADABLE``; Pillow would name an object in memory."""
+    return "no picture" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _decode(read: Callable[[str], bytes], name: str) -> Image.Image:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffit.data.pack import MODES, UNREADABLE, open_source, to_rgb
+from diffit.data.pack import MODES, UNREADABLE, open_source, to_rgb, why_unreadable
 
 
 class PictureSet:
@@ -62,7 +62,9 @@ class PictureSet:
             image = picture.load()
             image.load()
         except UNREADABLE as error:
-            raise ValueError(f"{self.path}: {picture.name}: cannot be read: {error}") from error
+            raise ValueError(
+                f"{self.path}: {picture.name}: cannot be read: {why_unreadable(error)}"
+            ) from error
         if image.mode not in MODES:
             raise ValueError(f"{self.path}: {picture.name}: pixels of mode {image.mode}")
         return np.asarray(to_rgb(image))

@@ -112,6 +112,9 @@ class TMSA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("dim", dim), ("num_heads", num_heads)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: expected an integer, got {value!r}")
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
         if temb_dim is not None and temb_dim < 1:

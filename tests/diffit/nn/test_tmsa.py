@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_state_dict_has_the_published_keys(layer: TMSA) -> None:
     }
     bare = TMSA(16, 2, window_size=4, qkv_bias=False, rel_pos_bias=False)
     assert list(bare.state_dict()) == ["qkv.weight", "proj.weight", "proj.bias"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dim": 16.0}, TypeError, "dim: expected an integer, got 16.0"),
+        ({"num_heads": 2.0}, TypeError, "num_heads: expected an integer, got 2.0"),
+        ({"num_heads": 0}, ValueError, "dim: expected a multiple of num_heads = 0, got 16"),
+        ({"dim": 15}, ValueError, "dim: expected a multiple of num_heads = 2, got 15"),
+        ({"temb_dim": 0}, ValueError, "temb_dim: expected a positive integer or None, got 0"),
+        ({"window_size": (2, 0)}, ValueError, r"window_size: expected positive .*, got \(2, 0\)"),
+        ({"window_size": 2.0}, TypeError, "window_size: expected one or two integers, got 2.0"),
+    ],
+)
+def test_wrong_sizes(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TMSA(**{"dim": 16, "num_heads": 2, "window_size": 2} | arguments)
 
 
 def test_strict_load_inside_a_model(layer: TMSA) -> None:
