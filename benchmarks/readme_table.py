@@ -57,7 +57,10 @@ def summary_table(runs: list[Run]) -> str:
 
 def network_summary_table(runs: list[Run]) -> str:
     """The same of networks, and how many of them there are."""
-    lines = [f"| device | dtype | {' | '.join(NETWORK_COLUMNS)} |", "|---" * 6 + "|"]
+    lines = [
+        f"| device | dtype | {' | '.join(NETWORK_COLUMNS)} |",
+        "|---" * (2 + len(NETWORK_COLUMNS)) + "|",
+    ]
     for run, rows in runs:
         for dtype, found in _summaries(rows, NETWORK_COLUMNS.values()).items():
             values = [
@@ -170,7 +173,7 @@ def main() -> int:
         ("README.md", NETWORKS_MARKERS, network_summary_table(models)),
         ("README.md", GPU_MARKERS, "\n\n".join(gpus) or "Not measured yet."),
         ("docs/results.md", RESULTS_MARKERS, "\n\n".join(device_table(*run) for run in runs)),
-        ("docs/results.md", NETWORKS_MARKERS, networks_in_full),
+        ("docs/results.md", NETWORKS_MARKERS, networks_in_full or "Not measured yet."),
     ]
     for name, markers, table in tables:
         path = ROOT / name

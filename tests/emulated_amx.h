@@ -2,8 +2,8 @@
 // and sanitizers see the memory that tiles are loaded from and stored to. Included before all else
 // where DIFFIT_EMULATE_AMX is on.
 //
-// As the instructions: sums start with those of the even and of the odd numbers of all pairs, numbers
-// of bfloat16 below 2^-126 count as zero. What they would refuse ends the process.
+// As the instructions: tiles sum the even and the odd numbers of all pairs apart, and numbers below
+// 2^-126 count as zero. A wrong configuration, none, or a tile used twice ends the process.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -26,20 +26,28 @@
 namespace {
 namespace emulated {
 
-// Floats of the upper halves of words.
-__m512 upper(__m512i words) {
-    const __mmask16 normal = _mm512_test_epi32_mask(words, _mm512_set1_epi32(0x7f800000));
-    return _mm512_castsi512_ps(_mm512_maskz_and_epi32(normal, words, _mm512_set1_epi32(-65536)));
+// Numbers below 2^-126 are zero as long as this exists.
+class TinyIsZero {
+public:
+    TinyIsZero() { _mm_setcsr(before_ | 0x8040); }
+    ~TinyIsZero() { _mm_setcsr(before_); }
+
+private:
+    const unsigned before_ = _mm_getcsr();
+};
+
+// The numbers of pairs as floats.
+__m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+__m512 odd(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
 }
-__m512 even(__m512i pairs) { return upper(_mm512_slli_epi32(pairs, 16)); }
-__m512 odd(__m512i pairs) { return upper(pairs); }
 
 __m256i rounded(__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i half = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    half = _mm512_mask_mov_epi32(half, nan, _mm512_set1_epi32(0x7fc00000));
+    half = _mm512_mask_or_epi32(half, nan, bits, _mm512_set1_epi32(0x00400000));
     const __mmask16 tiny = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
     half = _mm512_mask_and_epi32(half, tiny, bits, _mm512_set1_epi32(INT32_MIN));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(half, 16));
@@ -77,12 +85,12 @@ Tile& tile(int index) {
 void load_configuration(const void* configuration) {
     unsigned char bytes[64];
     std::memcpy(bytes, configuration, sizeof bytes);
-    require(bytes[0] == 1 && bytes[1] == 0, "expected palette 1 and rows from 0");
+    unsigned char expected[64] = {1};  // the palette
     for (int i = 0; i < tiles; ++i) {
-        uint16_t width;
-        std::memcpy(&width, bytes + 16 + 2 * i, sizeof width);
-        require(width == row_bytes && bytes[48 + i] == rows, "expected tiles of 16 rows of 64 bytes");
+        expected[16 + 2 * i] = row_bytes;
+        expected[48 + i] = rows;
     }
+    require(std::memcmp(bytes, expected, sizeof bytes) == 0, "expected 8 tiles of 16 x 64 bytes");
     std::memset(registers, 0, sizeof registers);
     configured = true;
 }
@@ -104,6 +112,8 @@ void store(int from, void* to, int64_t stride) {
 }
 
 void multiply(int to, int left, int right) {
+    require(to != left && to != right && left != right, "expected three different tiles");
+    const TinyIsZero tiny_is_zero;
     Tile &sums = tile(to), &a = tile(left), &b = tile(right);
     for (int row = 0; row < rows; ++row) {
         __m512 of_even = _mm512_setzero_ps(), of_odd = _mm512_setzero_ps();
@@ -122,6 +132,7 @@ void multiply(int to, int left, int right) {
 #else
 
 __m512 dot(__m512 sums, __m512bh left, __m512bh right) {
+    const TinyIsZero tiny_is_zero;
     const __m512i x = (__m512i)left, y = (__m512i)right;
     return _mm512_fmadd_ps(even(x), even(y), _mm512_fmadd_ps(odd(x), odd(y), sums));
 }

@@ -9,6 +9,7 @@ from tempfile import TemporaryFile
 from typing import NoReturn
 
 WRONG_INPUT = 2  # exit code
+MOST_STEPS = 10_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +29,18 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
+
+
+def sampler_steps(text: str) -> int:
+    """From 1 to ``MOST_STEPS``.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    steps = positive_int(text)
+    if steps > MOST_STEPS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_STEPS} steps, got {text!r}")
+    return steps
 
 
 def finite_number(text: str) -> float:
@@ -87,8 +100,8 @@ def require_out(option: str, path: Path, suffix: str, *sources: Path | None) -> 
     require_writable(option, path.parent)
 
 
-def folder(text: str) -> Path:
-    """One with a name; an empty one would be the current folder.
+def named_folder(text: str) -> Path:
+    """A folder; without a name it would be the current one.
 
     Raises:
         argparse.ArgumentTypeError: it has none.

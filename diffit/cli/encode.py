@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffit.cli.arguments import folder, positive_int, require_out_folder
+from diffit.cli.arguments import named_folder, positive_int, require_out_folder
 
 HELP = "encode pictures into the latents that latent networks train on"
 
@@ -15,7 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, help="pictures as `diffit data` packs them")
     add("--preset", required=True, metavar="NAME", help="the network to train: sets size, classes")
-    add("--out", type=folder, required=True, help="folder; the same command again completes it")
+    add(
+        "--out",
+        type=named_folder,
+        required=True,
+        help="folder; the same command again completes it",
+    )
     add("--vae", metavar="FOLDER|ID", help="autoencoder (default: the published networks')")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="pictures at once (8)")
     add("--device", help="default: cuda where there is one, else cpu")
@@ -31,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from diffit.cli.machine import pick_device
+    from diffit.cli.networks import announce_hub
     from diffit.data.dataset import ImageDataset
     from diffit.data.encode import encode
     from diffit.models import LatentDiffiT, create_model
@@ -44,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--preset: expected a latent network, got {arguments.preset}")
     device = pick_device(arguments.device)
     vae = arguments.vae or LatentCodec.DEFAULT
+    announce_hub(vae)
     codec = LatentCodec.from_pretrained(vae).to(device)
     dataset = ImageDataset(
         arguments.source,

@@ -83,7 +83,7 @@ class Gallery:
 
     def holds_any(self) -> bool:
         """Whether there are finished pictures."""
-        return any(self.folder.glob("*.png"))
+        return any(self.folder.glob("[0-9]*.png"))
 
     def add(self, seed: int, pixels: Pixels, note: Note) -> None:
         """Write one picture."""

@@ -55,4 +55,4 @@ def run(arguments: argparse.Namespace) -> None:
     print("backends")
     for backend, reason in available_backends().items():
         show(backend, "runs" if reason is None else f"does not run: {reason}")
-    show("chosen", dispatch.choice())
+    show("asked for", dispatch.choice())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def find_network(preset: str | None, weights: str | None) -> Found:
             torch.manual_seed(RANDOM_SEED)
             return Found(create_model(preset).eval(), preset, RANDOM)
 
+    announce_hub(weights)
     # A repository may hold a file for each size.
     path = find_weights(weights, known.options.get("input_size", 32) if known else 32)
     network, noted = load_model(path)
@@ -85,8 +87,11 @@ def find_network(preset: str | None, weights: str | None) -> Found:
 
 
 def announce_hub(source: str | None) -> None:
-    """Say that the hub is asked for weights, which may take a while, where it will be."""
-    if source is not None and is_on_hub(source):
+    """Say that the hub is asked for weights, which may take a while, where it will be.
+
+    Of several processes the first says it.
+    """
+    if source is not None and is_on_hub(source) and os.environ.get("RANK", "0") == "0":
         print(f"{source}: asking the Hugging Face hub", flush=True)
 
 

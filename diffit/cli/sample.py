@@ -9,7 +9,7 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from diffit.cli.arguments import finite_number, positive_int
+from diffit.cli.arguments import finite_number, positive_int, sampler_steps
 from diffit.cli.seeds import CLASS_NAMES, parse_classes, parse_seeds
 
 if TYPE_CHECKING:
@@ -22,20 +22,7 @@ if TYPE_CHECKING:
 HELP = "sample pictures: a grid, single PNGs, or an npz for evaluators"
 SEEDS = "0"
 STEPS = {"edm": 18, "ddpm": 250, "ddim": 50, "dpm++": 25}  # where they are not the preset's
-MOST_STEPS = 10_000
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def sampler_steps(text: str) -> int:
-    """From 1 to ``MOST_STEPS``.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
-    steps = positive_int(text)
-    if steps > MOST_STEPS:
-        raise argparse.ArgumentTypeError(f"expected at most {MOST_STEPS} steps, got {text!r}")
-    return steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,12 +164,10 @@ def make_plan(arguments: argparse.Namespace, peers: Ranks) -> Plan:
     import torch
 
     from diffit.cli.machine import batch_that_fits, pick_device
-    from diffit.cli.networks import RANDOM, announce_hub, find_network
+    from diffit.cli.networks import RANDOM, find_network
     from diffit.cli.pictures import Painter
 
     device = pick_device(arguments.device)
-    if peers.first:
-        announce_hub(arguments.weights)
     found = find_network(arguments.preset, arguments.weights)
     found.network.to(device, getattr(torch, arguments.dtype) if arguments.dtype else None)
     sampling = _sampling(arguments, found.preset)
@@ -266,8 +251,8 @@ def _paint(plan: Plan, gallery: Gallery, seeds: Sequence[int], *, show: bool) ->
                 gallery.add(seed, pixels, plan.notes[seed])
             evaluated, saved = evaluated + painted.evaluated, saved + painted.saved
     except KeyboardInterrupt:
-        goes_on = "before the first batch; smaller ones (--batch-size) lose less"
+        kept = " before the first batch was done; smaller ones (--batch-size) lose less"
         if gallery.holds_any():
-            goes_on = f"the same command goes on from what is in {gallery.folder}"
-        raise KeyboardInterrupt(f"interrupted; {goes_on}") from None
+            kept = f"; the same command goes on from what is in {gallery.folder}"
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
     return evaluated, saved

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffit.cli.arguments import folder, positive_int, positive_number, require_out_folder
+from diffit.cli.arguments import named_folder, positive_int, positive_number, require_out_folder
 
 if TYPE_CHECKING:
     from diffit.data.dataset import Dataset
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="pictures as `diffit data` packs them; a folder of latents for latent networks",
     )
-    add("--out", type=folder, required=True, help="folder of the run")
+    add("--out", type=named_folder, required=True, help="folder of the run")
     add(
         "--init",
         metavar="WEIGHTS",
@@ -118,8 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{arguments.data}: has {known} of the {num_classes} classes of "
                 f"{arguments.preset}; the others will not be trained"
             )
-        if peers.first:
-            announce_hub(arguments.init)
+        announce_hub(arguments.init)
         trainer = Trainer(
             arguments.preset,
             recipe,
@@ -134,10 +133,10 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             trainer.train()
         except KeyboardInterrupt:
-            goes_on = "before the first checkpoint; the same command begins anew"
+            kept = " before the first checkpoint; the same command begins anew"
             if trainer.checkpoints.there():
-                goes_on = f"the same command goes on from the last checkpoint in {arguments.out}"
-            raise KeyboardInterrupt(f"interrupted; {goes_on}") from None
+                kept = f"; the same command goes on from the last checkpoint in {arguments.out}"
+            raise KeyboardInterrupt(f"interrupted{kept}") from None
 
 
 def _dataset(preset: str, path: Path) -> tuple[Dataset, int]:

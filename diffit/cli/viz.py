@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffit.cli.arguments import positive_int, require_out
+from diffit.cli.arguments import positive_int, require_out, sampler_steps
 
 HELP = "draw attention maps, the relative position bias of a layer, or the losses of runs"
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head", type=int, help="attention of one head (default: the mean of all)")
     add("--seed", type=int, default=0, help="of the picture that is sampled")
     add("--class", dest="label", type=int, help="of that picture (default: none)")
-    add("--steps", type=positive_int, default=18, help="of the sampler")
+    add("--steps", type=sampler_steps, default=18, help="of the sampler")
     add("--moments", type=positive_int, default=4, help="how many times to show, evenly spread")
 
 

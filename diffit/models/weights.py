@@ -131,7 +131,8 @@ def save_weights(model: Pretrained, path: Path, **notes: str) -> None:
 def is_on_hub(source: str | os.PathLike[str]) -> bool:
     """Whether this is no path here but may be OWNER/NAME, a repository on the hub."""
     path = Path(source)
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
+    part = r"\w([\w.-]*\w)?"
+    named = re.fullmatch(f"{part}/{part}", str(source)) is not None
     return named and path.suffix != ".safetensors" and not path.exists()
 
 

@@ -21,10 +21,11 @@ def are_linear(*layers: nn.Module | None) -> bool:
 
 
 def are_norms(*layers: Any) -> bool:
-    """The same of layer norms over the last dimension without parameters."""
+    """Whether these are layer norms over the last dimension without parameters."""
     return all(
         _runs(layer, _NORM)
         and layer.__dict__["_parameters"].get("weight", _ELSEWHERE) is None
+        and layer.__dict__["_parameters"].get("bias", _ELSEWHERE) is None
         and len(layer.normalized_shape) == 1
         for layer in layers
     )

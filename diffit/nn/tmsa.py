@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class TMSA(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_heads", num_heads)):
-            if not isinstance(value, int):
+            if not isinstance(value, Integral):
                 raise TypeError(f"{name}: expected an integer, got {value!r}")
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,6 +126,18 @@ def test_gradients_in_parts(
     """Of a large hidden layer the CPU kernels take some rows after the others."""
     monkeypatch.setattr(layers, "_HIDDEN_BYTES", 0)
     check(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize(("bytes_less", "parts"), [(0, 1), (1, 2)])
+def test_a_hidden_layer_of_the_size_of_a_part_is_one(
+    fastest_backend: str, monkeypatch: pytest.MonkeyPatch, bytes_less: int, parts: int
+) -> None:
+    case = MLPCase((64, 24), 96, 31)
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES", 64 * 96 * 4 - bytes_less)
+    calls = Mock(wraps=layers._backward_of_rows)
+    monkeypatch.setattr(layers, "_backward_of_rows", calls)
+    case.operator(draws=1)
+    assert calls.call_count == (0 if fastest_backend == "reference" else parts)
 
 
 @pytest.mark.sanitizer

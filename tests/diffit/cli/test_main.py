@@ -62,11 +62,11 @@ def test_info(capsys: Any) -> None:
     assert "does not run: " in out
 
 
-def test_info_says_which_backend_was_chosen(
+def test_info_says_which_backend_was_asked_for(
     capsys: Any, environment_names: Callable[[str], None]
 ) -> None:
     assert main(["info"]) == 0
-    assert capsys.readouterr().out.split()[-2:] == ["chosen", "auto"]
+    assert capsys.readouterr().out.split()[-3:] == ["asked", "for", "auto"]
     environment_names("foo")
     assert main(["info"]) == 2
     assert "DIFFIT_BACKEND: expected one of auto" in capsys.readouterr().err

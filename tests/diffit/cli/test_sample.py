@@ -185,7 +185,7 @@ def test_interrupted_in_the_first_batch(
 
     monkeypatch.setattr("diffit.cli.pictures.edm_sample", interrupt)
     assert main(words(weights, tmp_path / "out.npz")) == 130
-    assert "interrupted; before the first batch" in capsys.readouterr().err
+    assert "interrupted before the first batch was done" in capsys.readouterr().err
     assert not (tmp_path / "out.npz.partial").exists()
 
 

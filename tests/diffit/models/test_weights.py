@@ -155,13 +155,15 @@ def test_a_repository_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None
             load("nvidia/DiffiT")
 
 
-@pytest.mark.parametrize("source", ["nowhere", "no/such/folder", "/no/folder", "a/b.safetensors"])
+@pytest.mark.parametrize(
+    "source", ["nowhere", "no/such/folder", "/folder", "./folder", "../a", "a/b.safetensors"]
+)
 def test_what_is_no_repository_is_not_asked_for(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "hf_hub_download", None)
     for load in (LatentDiffiT.from_pretrained, load_model):
-        with pytest.raises(FileNotFoundError, match=f"^{source}: no such file or folder$"):
+        with pytest.raises(FileNotFoundError, match=f"^{Path(source)}: no such file or folder$"):
             load(source)
 
 

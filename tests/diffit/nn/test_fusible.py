@@ -148,6 +148,15 @@ def test_another_kind_is_called(
         torch.testing.assert_close(run(block, inputs), expected)
 
 
+def test_a_norm_with_a_bias_alone_is_called(
+    block: DiffiTBlock, inputs: tuple[Tensor, Tensor]
+) -> None:
+    block.norm1 = nn.LayerNorm(16)
+    block.norm1.weight = None
+    nn.init.normal_(block.norm1.bias)
+    torch.testing.assert_close(block.normed(inputs[0]), block.norm1(inputs[0]))
+
+
 def test_maps_by_a_hook(block: DiffiTBlock, inputs: tuple[Tensor, Tensor]) -> None:
     """On ``softmax``; the formula gives what the operator does."""
     expected = run(block, inputs)
