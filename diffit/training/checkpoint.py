@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,16 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and name.startswith(("float", "bfloat", "int", "uint", "bool")):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"the index holds {module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Any:
+    """That of an enumeration, which Python before 3.11.4 names by ``getattr``; nothing else."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"the index holds builtins.getattr of {kind!r:.40}")
+    return kind[name]
 
 
 class _Reader(FileSystemReader):
