@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 from diffit_kernels.ops import transforms
@@ -97,21 +98,21 @@ class Operator:
                     setup_context(ctx, args, result)
                 return result
 
-            methods = {"forward": forward, "backward": backward or no_derivative}
-            node: Any = type(
-                f"diffit::{name}",
-                (torch.autograd.Function,),
-                {key: staticmethod(method) for key, method in methods.items()},
-            )
+            def node(base: type) -> Any:
+                methods = {"forward": forward, "backward": backward or no_derivative}
+                statics = {key: staticmethod(method) for key, method in methods.items()}
+                return type(f"diffit::{name}", (base,), statics)
+
+            # Inside transforms, tensors are those of the innermost already. ``Function`` would ask
+            # for rules of all; its base class records for this one alone, as PyTorch's own
+            # ``custom_function_call`` does in the end.
+            plain, innermost = node(Function), node(_SingleLevelFunction)
 
             def record(*args: Any) -> Any:
                 if not transforms.are_active():
-                    return node.apply(*args)
-                # Tensors are those inside the innermost transform already; ``node.apply`` would ask
-                # for rules of all transforms. That of its base class records for this one alone, as
-                # PyTorch's own ``custom_function_call`` does in the end.
+                    return plain.apply(*args)
                 with enable_single_level_autograd_function():
-                    return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+                    return innermost.apply(*args)
 
             def autograd(*args: Any) -> Any:
                 if forward_ad._current_level >= 0 and _has_tangent(args):

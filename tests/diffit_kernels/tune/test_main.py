@@ -146,7 +146,8 @@ GPU.compile(None, [
 kernel = import_module("diffit_kernels.triton.add_layer_norm").forward
 print(import_module("diffit_kernels.triton.launch")._compiled)
 for compiled in kernel.device_caches[0][0].values():
-    print(compiled.name, "sm_90" in compiled.asm["ptx"])
+    if isinstance(compiled, triton.compiler.CompiledKernel):
+        print(compiled.name, "sm_90" in compiled.asm["ptx"])
 """
 
 
