@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,22 @@ _DEVICES = {
     "B200": "sm_100",
     "RTX 50": "sm_120",
     "MI300": "gfx942",
+}
+
+# Versions of Triton that spill where no tile was found that spills less with any of them: target,
+# end of the call, kernel, bytes of a thread.
+_SPILLS = {
+    "3.6": [("sm_80", "window 8x8, head width 32, float32", "forward", 40)],
+    "3.7": [
+        ("sm_80", "window 8x8, head width 32, float32", "forward", 16),
+        ("sm_80", "", "add_rows", 8),
+        ("sm_90", "", "add_rows", 8),
+    ],
+    "3.8": [
+        ("sm_80", "window 8x8, head width 32, float32", "forward", 16),
+        ("sm_80", "window 16x16, head width 72, float32, TF32 allowed", "backward_kv", 424),
+        ("sm_90", "window 16x16, head width 72, float32, TF32 allowed", "backward_kv", 8),
+    ],
 }
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -76,14 +93,27 @@ def compiled(module: str) -> list[Result]:
 
 
 def assert_fits(results: list[Result]) -> None:
-    """Shared memory within the target's; no spills on sm_80 and sm_90."""
+    """Shared memory within the target's; on sm_80 and sm_90 no spills but those in ``_SPILLS``."""
     wrong = [
         result
         for result in results
         if result["shared"] > TARGETS[result["target"]][-1]
-        or (result["target"] in ("sm_80", "sm_90") and result["spills"])
+        or (result["target"] in ("sm_80", "sm_90") and result["spills"] > _known_spills(result))
     ]
     assert not wrong, wrong
+
+
+def _known_spills(result: Result) -> int:
+    version = ".".join(metadata.version("triton").split(".")[:2])
+    return max(
+        (
+            spills
+            for target, call, kernel, spills in _SPILLS.get(version, [])
+            if (target, kernel) == (result["target"], result["kernel"])
+            and result["call"].endswith(call)
+        ),
+        default=0,
+    )
 
 
 def print_report(results: list[Result]) -> None:
