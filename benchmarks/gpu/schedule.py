@@ -67,7 +67,8 @@ def _run_one(part: Part, share: float, environment: dict[str, str], folder: Path
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                # What a part that is killed has printed is there, and before its error.
+                env=environment | {"PYTHONUNBUFFERED": "1"},
                 cwd=folder,
                 start_new_session=True,
             )

@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = _one_line(error), WRONG_INPUT
     else:
         return 0
+    if argv is None:  # the process ends: what fails while it is taken down is no news
+        sys.unraisablehook = lambda _: None
     print(f"diffit {arguments.command}: {message}", file=sys.stderr)
     return code
 

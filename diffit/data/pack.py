@@ -151,7 +151,7 @@ def _open(path: Path) -> Source:
         return _files(path, names, lambda name: (path / name).read_bytes())
     if path.suffix == ".npz":
         return _arrays(path)
-    if zipfile.is_zipfile(path):
+    if path.suffix == ".zip" or zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
         return _files(path, names, archive.read)

@@ -134,11 +134,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def run(words: list[str]) -> int:
+def run(words: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     PRESETS.update(TINY)
     return main(words)
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run())
