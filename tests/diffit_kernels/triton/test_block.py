@@ -102,8 +102,8 @@ def test_layers_take_it_by_themselves(autocast: bool) -> None:
     }
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         y = block(**inputs)
-        assert "block" in y.grad_fn.name()
+        assert "block" in type(y.grad_fn).__name__
         with one_operator(True):
             assert torch.equal(y, block(**inputs))
         block.mlp.fc1.weight.requires_grad_(False)
-        assert "block" not in block(**inputs).grad_fn.name()
+        assert "block" not in type(block(**inputs).grad_fn).__name__
